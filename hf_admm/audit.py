@@ -1,0 +1,257 @@
+"""Does every group of every sparse weight obey its pattern? Asked of live weights, or of any checkpoint on disk.
+
+A checkpoint is audited from its safetensors alone, one tensor in memory at a time. Which of its weights should be
+sparse is told by the record that training leaves beside them ([`read_record`]); matrices that no record names are
+judged by their zeros:
+
+- A dense weight has next to no exact zeros, and a pruned one keeps nearly all of its zeros when some entries are
+  edited afterwards. So a matrix counts as sparse from half of the zeros that the pattern prescribes, that is
+  `(1 - density) / 2` of its entries: at `2:4`, one entry may have been changed in every group and it still counts.
+- Rows of zeros are left out of that count, because they are the padding or the unused tokens of an embedding.
+- safetensors does not say whether a matrix is `(out, in)` or transposed, as in GPT-2's `Conv1D`, so both ways are
+  tried and the one with fewer broken groups is taken, `(out, in)` if they are equal.
+"""
+
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from hf_admm.checkpoint_files import read_record, read_tensors
+from hf_admm.patterns import SparsityPattern, parse_pattern
+from hf_admm.projections import broken_groups
+
+
+DEFAULT_PATTERN = "2:4"
+
+_SPARSE = ("ok", "broken")
+_FAILED = ("broken", "misfit", "missing")
+
+
+@dataclass(frozen=True)
+class WeightAudit:
+    """
+    What the audit found in one weight.
+
+    Args:
+        name (`str`):
+            Its parameter name or state dict key.
+        shape (`tuple[int, ...]`):
+            Its shape as stored, empty if it is missing.
+        status (`str`):
+            `"ok"`: sparse, every group obeys the pattern. `"broken"`: should be sparse, but some groups hold too many
+            non-zero entries. `"misfit"`: should be sparse, but the pattern does not fit its shape. `"missing"`: should
+            be sparse, but is not there. `"dense"`: not meant to be sparse. `"odd shape"`: looks pruned, though not by
+            this pattern, which does not fit its shape; no record says that it should. `"all zero"`: nothing but zeros.
+        zeros (`int`, *optional*, defaults to 0):
+            Its zero entries. NaN and infinity are not zero.
+        groups (`int`, *optional*, defaults to 0):
+            Its groups, 0 if it was not divided into groups.
+        broken (`int`, *optional*, defaults to 0):
+            The groups with more non-zero entries than the pattern allows.
+        transposed (`bool`, *optional*, defaults to `False`):
+            Whether it was read as `(in, out)`.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    status: str
+    zeros: int = 0
+    groups: int = 0
+    broken: int = 0
+    transposed: bool = False
+
+    @property
+    def size(self) -> int:
+        """Its entries, 0 if it is missing."""
+        return torch.Size(self.shape).numel() if self.shape else 0
+
+    @property
+    def sparse(self) -> bool:
+        """Whether its groups were checked."""
+        return self.status in _SPARSE
+
+    @property
+    def failed(self) -> bool:
+        """Whether it should obey the pattern and does not."""
+        return self.status in _FAILED
+
+
+@dataclass(frozen=True)
+class AuditReport:
+    """
+    What the audit found in a model.
+
+    Args:
+        pattern (`str`):
+            The pattern it was checked against.
+        weights (`list[WeightAudit]`):
+            One entry for each weight, in the order of the model or file.
+    """
+
+    pattern: str
+    weights: list[WeightAudit]
+
+    @property
+    def sparse(self) -> list[WeightAudit]:
+        """The weights whose groups were checked."""
+        return [weight for weight in self.weights if weight.sparse]
+
+    @property
+    def failures(self) -> list[WeightAudit]:
+        """The weights that should obey the pattern and do not."""
+        return [weight for weight in self.weights if weight.failed]
+
+    @property
+    def sparsity(self) -> float:
+        """Share of zeros among the entries of the sparse weights, 0 if there are none."""
+        size = sum(weight.size for weight in self.sparse)
+        return sum(weight.zeros for weight in self.sparse) / size if size else 0.0
+
+    @property
+    def violations(self) -> int:
+        """Broken groups of all weights together."""
+        return sum(weight.broken for weight in self.weights)
+
+    @property
+    def ok(self) -> bool:
+        """Whether at least one weight is sparse and none that should obey the pattern fails to."""
+        return bool(self.sparse) and not self.failures
+
+    def verdict(self) -> str:
+        """One line that says whether the model obeys the pattern and, if not, names the weights that fail."""
+        if not self.sparse and not self.failures:
+            return f"FAILED: no weight is sparse under pattern {self.pattern}."
+        if self.ok:
+            return f"OK: every group of all {len(self.sparse)} sparse weights obeys {self.pattern}."
+        reasons = {
+            "broken": "{0.broken} of {0.groups} groups broken",
+            "misfit": "pattern does not fit its shape {0.shape}",
+            "missing": "missing",
+        }
+        named = "; ".join(f"{weight.name} ({reasons[weight.status].format(weight)})" for weight in self.failures)
+        return f"FAILED: {len(self.failures)} weights break pattern {self.pattern}: {named}."
+
+    def table(self) -> str:
+        """A plain-text table with a row for each weight and a last line that sums up."""
+        rows = [("weight", "shape", "zeros", "groups", "broken", "status")]
+        for weight in self.weights:
+            shape = "x".join(map(str, weight.shape)) or "-"
+            zeros = f"{weight.zeros / weight.size:.1%}" if weight.size else "-"
+            groups, broken = (str(weight.groups), str(weight.broken)) if weight.sparse else ("-", "-")
+            status = f"{weight.status} (transposed)" if weight.transposed else weight.status
+            rows.append((weight.name, shape, zeros, groups, broken, status))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = []
+        for name, *numbers, status in rows:
+            cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
+            lines.append("  ".join([name.ljust(widths[0]), *cells, status]))
+        lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        groups = sum(weight.groups for weight in self.sparse)
+        lines.append(
+            f"pattern {self.pattern}: {len(self.sparse)} of {len(self.weights)} weights sparse, "
+            f"{self.sparsity:.2%} zeros, {self.violations} of {groups} groups broken"
+        )
+        return "\n".join(lines)
+
+    def to_dict(self) -> dict:
+        """The report as plain numbers, strings and lists, fit for JSON."""
+        return {
+            "pattern": self.pattern,
+            "ok": self.ok,
+            "sparsity": self.sparsity,
+            "violations": self.violations,
+            "weights": [{**asdict(weight), "shape": list(weight.shape)} for weight in self.weights],
+        }
+
+
+def audit_weights(weights: Iterable[tuple[str, torch.Tensor, bool]], pattern: SparsityPattern | str) -> AuditReport:
+    """
+    Audits weights that should all obey the pattern.
+
+    Args:
+        weights (`Iterable[tuple[str, torch.Tensor, bool]]`):
+            Name, tensor, and whether the tensor is stored as `(in_features, out_features)`. Consumed one by one.
+        pattern ([`SparsityPattern`] or `str`):
+            The pattern.
+
+    Returns:
+        [`AuditReport`]
+
+    Raises:
+        `ValueError`: If the pattern string is invalid.
+    """
+    pattern = parse_pattern(str(pattern))
+    return AuditReport(str(pattern), [_audit_target(*weight, pattern) for weight in weights])
+
+
+def audit_checkpoint(path: str | Path, pattern: SparsityPattern | str | None = None) -> AuditReport:
+    """
+    Audits a checkpoint from its safetensors alone; no model is built.
+
+    Args:
+        path (`str` or `Path`):
+            A folder with `model.safetensors` or with an index and its shards, or one `.safetensors` file.
+        pattern ([`SparsityPattern`] or `str`, *optional*):
+            The pattern. Defaults to the recorded one if the checkpoint holds a record, else to `"2:4"`.
+
+    Returns:
+        [`AuditReport`]: The targets that the record names, which must be present and obey; and every other
+        floating-point matrix, which must obey if it looks pruned (see the module for the rule).
+
+    Raises:
+        `ValueError`: If there are no safetensors, a file is damaged or missing, or the pattern is invalid.
+    """
+    record = read_record(path)
+    if pattern is None:
+        pattern = record.pattern if record else DEFAULT_PATTERN
+    pattern = parse_pattern(str(pattern))
+    targets = record.targets if record else {}
+    weights, present = [], set()
+    for name, tensor in read_tensors(path):
+        present.add(name)
+        if name in targets:
+            weights.append(_audit_target(name, tensor, targets[name], pattern))
+        elif tensor.dim() == 2 and tensor.is_floating_point():
+            weights.append(_audit_unknown(name, tensor, pattern))
+    weights += [WeightAudit(name, (), "missing") for name in targets if name not in present]
+    return AuditReport(str(pattern), weights)
+
+
+def _audit_target(name: str, tensor: torch.Tensor, transposed: bool, pattern: SparsityPattern) -> WeightAudit:
+    """Audits a weight that should obey the pattern, stored as told."""
+    shape, zeros = tuple(tensor.shape), int((tensor == 0).sum())
+    if not _fits(tensor, pattern, transposed):
+        return WeightAudit(name, shape, "misfit", zeros, transposed=transposed)
+    broken = broken_groups(tensor, pattern, transposed)
+    count = int(broken.sum())
+    return WeightAudit(name, shape, "broken" if count else "ok", zeros, broken.numel(), count, transposed)
+
+
+def _audit_unknown(name: str, tensor: torch.Tensor, pattern: SparsityPattern) -> WeightAudit:
+    """Audits a matrix of which nothing is known: whether it should be sparse, and which way round it is stored."""
+    shape, zeros = tuple(tensor.shape), int((tensor == 0).sum())
+    if zeros == tensor.numel():
+        return WeightAudit(name, shape, "all zero", zeros)
+    if not _looks_pruned(tensor, pattern):
+        return WeightAudit(name, shape, "dense", zeros)
+    ways = [transposed for transposed in (False, True) if _fits(tensor, pattern, transposed)]
+    if not ways:
+        return WeightAudit(name, shape, "odd shape", zeros)
+    return min((_audit_target(name, tensor, way, pattern) for way in ways), key=lambda audit: audit.broken)
+
+
+def _fits(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool) -> bool:
+    if tensor.dim() != 2:
+        return False
+    rows, columns = tensor.shape
+    return (pattern.misfit(columns, rows) if transposed else pattern.misfit(rows, columns)) is None
+
+
+def _looks_pruned(matrix: torch.Tensor, pattern: SparsityPattern) -> bool:
+    """Whether half of the zeros that the pattern prescribes are there, rows of zeros left out."""
+    zeros_in_row = (matrix == 0).sum(dim=1)
+    alive = zeros_in_row < matrix.shape[1]
+    zeros, size = int(zeros_in_row[alive].sum()), int(alive.sum()) * matrix.shape[1]
+    return zeros > 0 and zeros >= (1 - pattern.density) / 2 * size
