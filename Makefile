@@ -1,0 +1,23 @@
+.PHONY: quality style test quickstart clean
+
+PYTHON ?= python
+
+# Checks without changing anything, as continuous integration does.
+quality:
+	$(PYTHON) -m ruff check .
+	$(PYTHON) -m ruff format --check .
+
+style:
+	$(PYTHON) -m ruff check --fix .
+	$(PYTHON) -m ruff format .
+
+test:
+	$(PYTHON) -m pytest
+
+quickstart:
+	$(PYTHON) -m hf_admm.cli quickstart
+
+# setuptools puts what it finds in build/ into the next wheel, files since deleted included.
+clean:
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	find hf_admm callbacks configs tests -name __pycache__ -prune -exec rm -rf {} +
