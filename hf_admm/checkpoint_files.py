@@ -105,11 +105,12 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
         return {path / WEIGHTS_NAME: None}
     if (path / INDEX_NAME).is_file():
         return _shards(path / INDEX_NAME)
-    found = sorted(file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth"))
+    found = [file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    found += [file.relative_to(path).as_posix() for file in path.glob(f"*/{WEIGHTS_NAME}")]
     raise ValueError(
-        f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME} (weight files there: {', '.join(found) or 'none'}). "
-        "Only safetensors are audited: load a model saved otherwise with from_pretrained and save it again with "
-        "save_pretrained(..., safe_serialization=True), or give the path of one .safetensors file."
+        f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME} (weights found there: {', '.join(sorted(found)) or 'none'}"
+        "). Give the folder or file of one checkpoint. Only safetensors are audited: load a model saved otherwise with "
+        "from_pretrained and save it again with save_pretrained."
     )
 
 

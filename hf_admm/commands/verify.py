@@ -1,0 +1,73 @@
+"""`hf-admm verify`: does every group of a checkpoint's sparse weights obey its pattern?"""
+
+import argparse
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from huggingface_hub import snapshot_download
+from huggingface_hub.errors import HfHubHTTPError
+
+from hf_admm.audit import audit_checkpoint
+from hf_admm.checkpoint_files import INDEX_NAME, RECORD_NAME
+
+
+_DESCRIPTION = """\
+Audits a checkpoint from its safetensors alone and prints a table of its matrices. Those that the checkpoint records as
+sparse (in hf_admm.json) must be there and obey the pattern; any other must obey it if it looks pruned.
+"""
+_EXIT_CODES = "exit code: 0 all is well, 1 a sparse weight breaks the pattern or nothing is sparse, 2 bad input"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs `hf-admm verify PATH_OR_ID [--pattern 2:4] [--json]`.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            The arguments after the command's name. Defaults to those of the process.
+
+    Returns:
+        `int`: 0 if every sparse weight obeys the pattern, 1 if one does not or if there is none.
+
+    Raises:
+        `ValueError`: If the checkpoint cannot be found or read, or the pattern is invalid.
+    """
+    args = _parser().parse_args(argv)
+    folder = _local(args.path_or_id)
+    report = audit_checkpoint(folder, args.pattern)
+    if args.json:
+        print(json.dumps({"path": str(folder), **report.to_dict(), "verdict": report.verdict()}, indent=2))
+    else:
+        print(report.table())
+        print(report.verdict())
+    return 0 if report.ok else 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser("hf-admm verify", description=_DESCRIPTION, epilog=_EXIT_CODES)
+    parser.add_argument(
+        "path_or_id", help="folder of a checkpoint, a .safetensors file, or the id of a model on the hub"
+    )
+    parser.add_argument(
+        "--pattern", help="pattern to check, such as 2:4, 4x4:8 or 0.5 (default: the one that is recorded, else 2:4)"
+    )
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    return parser
+
+
+def _local(path_or_id: str) -> Path:
+    """The path itself if it exists, else the downloaded safetensors of the model with that id."""
+    path = Path(path_or_id)
+    if path.exists():
+        return path
+    try:
+        # The dense working weights of an interrupted run may be safetensors too, and are not the model.
+        wanted = ["model*.safetensors", INDEX_NAME, RECORD_NAME]
+        return Path(snapshot_download(path_or_id, allow_patterns=wanted))
+    except (HfHubHTTPError, OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise ValueError(
+            f"{path_or_id!r} is neither an existing path nor a model that can be downloaded from the hub ({reason}). "
+            "Give the folder of a checkpoint, a .safetensors file, or the id of a model, such as 'org/name'."
+        ) from error
