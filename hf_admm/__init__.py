@@ -11,4 +11,22 @@ if (_root / "setup.cfg").is_file() and not (Path(__file__).parent / "callbacks")
     __path__.append(str(_root))
 
 
-__all__ = ["__version__"]
+from hf_admm.arguments import ADMMTrainingArguments  # noqa: E402
+from hf_admm.audit import audit_checkpoint  # noqa: E402
+from hf_admm.patterns import parse_pattern  # noqa: E402
+from hf_admm.projections import project, sparsity_mask  # noqa: E402
+from hf_admm.targets import select_targets  # noqa: E402
+from hf_admm.trainer import ADMMTrainer, ADMMTrainerMixin  # noqa: E402
+
+
+__all__ = [
+    "ADMMTrainer",
+    "ADMMTrainerMixin",
+    "ADMMTrainingArguments",
+    "__version__",
+    "audit_checkpoint",
+    "parse_pattern",
+    "project",
+    "select_targets",
+    "sparsity_mask",
+]

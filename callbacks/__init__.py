@@ -1,0 +1,8 @@
+"""When things happen in a sparse fine-tuning run. The callbacks hold no tensors and do no maths."""
+
+from hf_admm.callbacks.admm import ADMMCallback
+from hf_admm.callbacks.metrics import MetricsCallback
+from hf_admm.callbacks.srste import SRSTECallback
+
+
+__all__ = ["ADMMCallback", "MetricsCallback", "SRSTECallback"]

@@ -1,0 +1,227 @@
+"""The flags of sparse fine-tuning."""
+
+import math
+import re
+from dataclasses import dataclass, field
+
+from transformers import TrainingArguments
+
+from hf_admm.patterns import SparsityPattern, parse_pattern
+from hf_admm.schedules import RHO_SCHEDULES, PhasePlan, to_steps
+
+
+# Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
+DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
+MASK_MODES = ("dynamic", "fixed")
+
+
+@dataclass
+class ADMMTrainingArguments(TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with the flags of sparse fine-tuning. Every one parses from the command line and
+    from YAML.
+
+    > Parameters that control what is pruned
+
+    Args:
+        sparsity_pattern (`str`, *optional*, defaults to `"2:4"`):
+            `"N:M"` (N kept of every M consecutive inputs), `"RxC:K"` (K kept of every block of R outputs by C inputs),
+            a density such as `"0.5"`, or `"none"` to train as plain `Trainer` does.
+        sparsity_include (`list[str]`, *optional*):
+            Module names to prune, as suffixes or as one regular expression (PEFT's convention). By default every linear
+            layer of the transformer's layers, not the heads.
+        sparsity_exclude (`list[str]`, *optional*):
+            Module names to leave dense, in the same convention.
+
+        > Parameters that control phase 1, ADMM
+
+        admm_steps (`float`, *optional*, defaults to `0.6`):
+            Length of phase 1: a share of the run if below 1, else optimizer steps.
+        admm_rho (`float`, *optional*):
+            Strength of the penalty. `None` takes the default of `admm_penalty`: 0.01 for `"loss"`, 0.003 for
+            `"gradient"`, 10 for `"decoupled"`, where each step moves a weight by about `learning_rate * admm_rho` of
+            its way. `0` trains phase 1 without a penalty.
+        admm_rho_schedule (`str`, *optional*, defaults to `"constant"`):
+            How rho grows to `admm_rho` over phase 1: `"constant"`, `"linear"`, `"cosine"` or `"exponential"`.
+        admm_update_steps (`int`, *optional*, defaults to `16`):
+            Optimizer steps between two updates of Z and U.
+        admm_penalty (`str`, *optional*, defaults to `"loss"`):
+            Where the penalty enters. `"loss"`: its exact gradient joins the gradient of the loss, before clipping.
+            `"gradient"`: the same after clipping. `"decoupled"`: a proximal step beside the optimizer, as AdamW's decay.
+
+        > Parameters that control phase 2, SR-STE
+
+        srste_mask (`str`, *optional*, defaults to `"dynamic"`):
+            `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1.
+        srste_decay (`float`, *optional*, defaults to `2e-4`):
+            SR-STE's lambda: the decay of the pruned weights, added to their gradient.
+        mask_update_steps (`int`, *optional*, defaults to `1`):
+            Optimizer steps between two updates of the mask.
+        mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
+            The last part of the run, in which the mask is frozen: a share of the run if below 1, else optimizer steps.
+
+    Raises:
+        `ValueError`: If a flag has a value that is not allowed; the message says which are.
+    """
+
+    sparsity_pattern: str = field(
+        default="2:4",
+        metadata={
+            "help": "Pattern of the weights: 'N:M' (N kept of M consecutive inputs), 'RxC:K' (K kept of a block of R "
+            "outputs by C inputs), a density such as '0.5', or 'none' to train as plain Trainer."
+        },
+    )
+    sparsity_include: list[str] | None = field(
+        default=None,
+        metadata={
+            "help": "Names of the modules to prune: suffixes, or one regular expression. By default every linear layer "
+            "of the transformer's layers."
+        },
+    )
+    sparsity_exclude: list[str] | None = field(
+        default=None,
+        metadata={"help": "Names of the modules to leave dense: suffixes, or one regular expression."},
+    )
+    admm_steps: float = field(
+        default=0.6,
+        metadata={"help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps."},
+    )
+    admm_rho: float | None = field(
+        default=None,
+        metadata={
+            "help": "Strength of the penalty. By default 0.01 for admm_penalty 'loss', 0.003 for 'gradient', 10 for "
+            "'decoupled'."
+        },
+    )
+    admm_rho_schedule: str = field(
+        default="constant",
+        metadata={"help": "How rho grows to admm_rho over phase 1: 'constant', 'linear', 'cosine' or 'exponential'."},
+    )
+    admm_update_steps: int = field(
+        default=16, metadata={"help": "Optimizer steps between two updates of Z and U in phase 1."}
+    )
+    admm_penalty: str = field(
+        default="loss",
+        metadata={
+            "help": "Where the penalty enters: 'loss' (before gradient clipping), 'gradient' (after it) or 'decoupled' "
+            "(a proximal step beside the optimizer)."
+        },
+    )
+    srste_mask: str = field(
+        default="dynamic",
+        metadata={"help": "Mask of phase 2: 'dynamic' (follows the weights) or 'fixed' (frozen at the switch)."},
+    )
+    srste_decay: float = field(
+        default=2e-4, metadata={"help": "Decay of the pruned weights in phase 2, SR-STE's lambda."}
+    )
+    mask_update_steps: int = field(
+        default=1, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
+    )
+    mask_freeze_steps: float = field(
+        default=0.1,
+        metadata={
+            "help": "The last part of the run, with the mask frozen: a share of the run if below 1, else optimizer steps."
+        },
+    )
+
+    def __post_init__(self):
+        if self.is_sparse:  # before the backends themselves ask for packages and devices
+            for name, backend in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
+                if getattr(self, name):
+                    raise ValueError(unsupported_backend(backend))
+        super().__post_init__()
+        if isinstance(self.sparsity_pattern, float):
+            self.sparsity_pattern = str(self.sparsity_pattern)
+        self.validate_sparsity()
+
+    def validate_sparsity(self) -> None:
+        """
+        Checks the flags of sparse fine-tuning. Runs again when training starts: a hyperparameter search sets attributes
+        of existing arguments.
+
+        Raises:
+            `ValueError`: If a flag has a value that is not allowed.
+        """
+        if not isinstance(self.sparsity_pattern, str):
+            raise ValueError(
+                f"sparsity_pattern={self.sparsity_pattern!r} is not a string. YAML reads an unquoted 2:4 as a number in "
+                'base 60: write "2:4" in quotes.'
+            )
+        self.pattern  # noqa: B018  (parsing it is the check)
+        for name, allowed in (
+            ("admm_rho_schedule", tuple(RHO_SCHEDULES)),
+            ("admm_penalty", tuple(DEFAULT_RHO)),
+            ("srste_mask", MASK_MODES),
+        ):
+            if getattr(self, name) not in allowed:
+                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(allowed)}.")
+        for name in ("admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"):
+            value = getattr(self, name)
+            if value is not None and not (math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value} is not allowed: give a finite number of at least 0.")
+        for name in ("admm_update_steps", "mask_update_steps"):
+            value = getattr(self, name)
+            if value != int(value) or value < 1:
+                raise ValueError(f"{name}={value} is not allowed: it is an interval, give at least 1 optimizer step.")
+        for name in ("admm_steps", "mask_freeze_steps"):
+            value = getattr(self, name)
+            if value >= 1 and value != int(value):
+                raise ValueError(
+                    f"{name}={value} is neither a share of the run (below 1) nor a whole number of optimizer steps."
+                )
+        if self.is_sparse and self.max_steps > 0:
+            self.phase_plan(self.max_steps)
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether anything is pruned, that is `sparsity_pattern` is not `"none"`."""
+        return str(self.sparsity_pattern).strip().lower() != "none"
+
+    # Derived values are properties: a hyperparameter search changes the fields after `__post_init__`.
+    @property
+    def pattern(self) -> SparsityPattern | None:
+        """The parsed `sparsity_pattern`, `None` for `"none"`."""
+        return parse_pattern(self.sparsity_pattern) if self.is_sparse else None
+
+    @property
+    def rho(self) -> float:
+        """`admm_rho`, or the default of `admm_penalty`."""
+        return DEFAULT_RHO[self.admm_penalty] if self.admm_rho is None else self.admm_rho
+
+    @property
+    def include(self) -> list[str] | str | None:
+        """`sparsity_include` with a single regular expression as a string."""
+        return _as_names(self.sparsity_include)
+
+    @property
+    def exclude(self) -> list[str] | str | None:
+        """`sparsity_exclude` with a single regular expression as a string."""
+        return _as_names(self.sparsity_exclude)
+
+    def phase_plan(self, max_steps: int) -> PhasePlan:
+        """
+        The steps of a run of `max_steps` optimizer steps, by phase.
+
+        Raises:
+            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
+        """
+        admm_steps = to_steps("admm_steps", self.admm_steps, max_steps)
+        frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
+        freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
+        return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
+
+
+def unsupported_backend(name: str) -> str:
+    """The message for a backend that sparse training does not support."""
+    return (
+        f"Sparse training under {name} is not supported yet (neither DeepSpeed, ZeRO-3 included, nor FSDP1 or FSDP2): "
+        "shards of the weights are out of reach of the pruning step. Train in one process or with DDP, or set "
+        "sparsity_pattern='none'."
+    )
+
+
+def _as_names(value: list[str] | str | None) -> list[str] | str | None:
+    """The command line passes a regular expression as a list of one; a suffix has none of these characters."""
+    if isinstance(value, list) and len(value) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", value[0]):
+        return value[0]
+    return value

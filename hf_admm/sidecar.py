@@ -1,0 +1,150 @@
+"""The sidecar of a checkpoint: the dense working weights and the anchors or masks that an exact resume needs.
+
+`model.safetensors` beside it holds the sparse weights, so any checkpoint loads anywhere; only a resume reads this file.
+It is one safetensors file whose header carries the settings, written to a temporary name and renamed: it is either whole
+or not there.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+
+from hf_admm.patterns import SparsityPattern
+from hf_admm.state import ADMMState
+from hf_admm.targets import Target
+
+
+SIDECAR_NAME = "admm_state.safetensors"
+FORMAT_VERSION = 1
+
+
+def save_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
+    """
+    Writes the sidecar of a checkpoint.
+
+    Args:
+        state ([`ADMMState`]):
+            The state, whose weights are dense (not masked).
+        folder (`str` or `os.PathLike`):
+            The checkpoint's folder.
+    """
+    tensors = {f"weight/{name}": weight.detach().contiguous() for name, weight in state.weights.items()}
+    if state.phase == "admm":
+        tensors |= {f"anchor/{name}": anchor for name, anchor in state.anchors.items()}
+    else:
+        tensors |= {f"mask/{name}": mask for name, mask in state.masks.items()}
+    settings = {
+        "format_version": FORMAT_VERSION,
+        "pattern": str(state.pattern),
+        "phase": state.phase,
+        "rho": state.rho,
+        "updated_at": state.updated_at,
+        "figures": {name: float(figure) for name, figure in state.figures.items()},
+        "targets": list(state.targets),
+    }
+    path = Path(folder) / SIDECAR_NAME
+    temporary = path.with_suffix(".tmp")
+    save_file(tensors, temporary, metadata={"hf_admm": json.dumps(settings)})
+    os.replace(temporary, path)
+
+
+def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, targets: dict[str, Target]) -> None:
+    """
+    Checks that a checkpoint can be resumed with these settings, from the header of its sidecar alone.
+
+    Args:
+        folder (`str` or `os.PathLike`):
+            The checkpoint's folder.
+        pattern ([`SparsityPattern`], *optional*):
+            The pattern of this run; `None` for a dense run.
+        targets (`dict[str, Target]`):
+            The targets of this run.
+
+    Raises:
+        `ValueError`: If the sidecar is missing or unreadable, or its pattern or targets differ.
+    """
+    path = Path(folder) / SIDECAR_NAME
+    if pattern is None:
+        if path.is_file():
+            raise ValueError(
+                f"{folder} is a checkpoint of a sparse run (pattern {_settings(path)['pattern']}), this run has "
+                "sparsity_pattern='none'. Resume with the checkpoint's pattern, or start a new run from its weights "
+                "with from_pretrained."
+            )
+        return
+    if not path.is_file():
+        raise ValueError(
+            f"{folder} has no {SIDECAR_NAME}, the dense weights and dual variables that an exact resume needs: it was "
+            "saved with save_only_model=True, or by a dense run. Resume from a full checkpoint, or start a new run from "
+            "its weights with from_pretrained."
+        )
+    settings = _settings(path)
+    if settings["pattern"] != str(pattern):
+        raise ValueError(
+            f"{folder} was trained with sparsity_pattern={settings['pattern']!r}, this run has {str(pattern)!r}. Resume "
+            "with the checkpoint's pattern, or start a new run from its weights with from_pretrained."
+        )
+    missing, new = set(settings["targets"]) - set(targets), set(targets) - set(settings["targets"])
+    if missing or new:
+        raise ValueError(
+            f"{folder} was trained with other targets. In the checkpoint only: {', '.join(sorted(missing)) or 'none'}. "
+            f"In this run only: {', '.join(sorted(new)) or 'none'}. Resume with the checkpoint's sparsity_include and "
+            "sparsity_exclude."
+        )
+
+
+@torch.no_grad()
+def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
+    """
+    Restores a state and the dense weights of its model, in place.
+
+    Args:
+        state ([`ADMMState`]):
+            A state that was `reset` on the live model.
+        folder (`str` or `os.PathLike`):
+            The checkpoint's folder.
+
+    Raises:
+        `ValueError`: If the sidecar does not fit, see [`check_sidecar`], or a tensor in it has another shape.
+    """
+    check_sidecar(folder, state.pattern, state.targets)
+    path = Path(folder) / SIDECAR_NAME
+    settings = _settings(path)
+    kind, companions = ("anchor", state.anchors) if settings["phase"] == "admm" else ("mask", state.masks)
+    with safe_open(path, framework="pt") as file:
+        for name, weight in state.weights.items():
+            dense, companion = (file.get_tensor(f"{key}/{name}") for key in ("weight", kind))
+            if dense.shape != weight.shape or companion.shape != weight.shape:
+                raise ValueError(
+                    f"{path} holds {name} with shape {tuple(dense.shape)}, the model has {tuple(weight.shape)}. Resume "
+                    "with the model that the checkpoint was trained from."
+                )
+            weight.copy_(dense)
+            companions[name] = companion.to(weight.device)
+    if settings["phase"] == "srste":
+        state.anchors = {name: torch.empty_like(weight) for name, weight in state.weights.items()}
+    state.phase, state.rho, state.updated_at = settings["phase"], settings["rho"], settings["updated_at"]
+    state.figures = settings["figures"]
+    state.resumed = True
+
+
+def _settings(path: Path) -> dict:
+    try:
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+        settings = json.loads(metadata["hf_admm"])
+    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
+        raise ValueError(
+            f"{path} can't be read as the sidecar of a sparse run ({error}): it is damaged or from another program. "
+            "Resume from another checkpoint."
+        ) from None
+    if settings.get("format_version") != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {settings.get('format_version')!r}, this release reads {FORMAT_VERSION}. Resume "
+            "with the release that wrote it."
+        )
+    return settings

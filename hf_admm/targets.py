@@ -1,0 +1,217 @@
+"""Which weights of a model are pruned, and why the others are not."""
+
+import re
+from collections import Counter
+from dataclasses import dataclass
+
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+from hf_admm.patterns import SparsityPattern
+
+
+# Modules that map the last hidden state to a task or to a vocabulary: small, sensitive, and new in most fine-tuning runs.
+HEADS = ("classifier", "pooler", "qa_outputs", "score", "lm_head")
+# Routers of a mixture of experts: a few outputs that decide where every token goes.
+ROUTERS = ("router", "gate", "shared_expert_gate")
+
+
+@dataclass(frozen=True)
+class Target:
+    """
+    A weight to prune.
+
+    Args:
+        name (`str`):
+            Name of the parameter, as in `model.named_parameters()`.
+        shape (`tuple[int, int]`):
+            Shape as stored.
+        transposed (`bool`):
+            Whether it is stored as `(in_features, out_features)`, as GPT-2's `Conv1D` does.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    transposed: bool
+
+
+@dataclass(frozen=True)
+class TargetSelection:
+    """
+    What [`select_targets`] decided on each matrix of a model.
+
+    Args:
+        targets (`dict[str, Target]`):
+            The weights to prune, by parameter name, in the order of the model.
+        left_out (`dict[str, tuple[tuple[int, ...], str]]`):
+            Shape and reason for each matrix that stays dense.
+    """
+
+    targets: dict[str, Target]
+    left_out: dict[str, tuple[tuple[int, ...], str]]
+
+    def table(self) -> str:
+        """A plain-text table: name, shape, pruned or why not, and a summary line."""
+        rows = [(name, target.shape, "pruned") for name, target in self.targets.items()]
+        rows += [(name, shape, reason) for name, (shape, reason) in self.left_out.items()]
+        cells = [("weight", "shape", "pruned or why not")]
+        cells += [(name, "x".join(map(str, shape)), reason) for name, shape, reason in rows]
+        widths = [max(len(row[column]) for row in cells) for column in range(2)]
+        lines = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {reason}" for name, shape, reason in cells]
+        pruned = sum(target.shape[0] * target.shape[1] for target in self.targets.values())
+        lines.append(f"{len(self.targets)} weights pruned ({pruned:,} entries), {len(self.left_out)} left dense")
+        return "\n".join(lines)
+
+
+def matches(name: str, names: list[str] | str) -> bool:
+    """
+    PEFT's convention: whether a module name is in a list of suffixes or fully matches a regular expression.
+
+    Args:
+        name (`str`):
+            Full name of a module, such as `"encoder.layer.0.attention.self.query"`.
+        names (`list[str]` or `str`):
+            Name suffixes (`["query", "value"]`), or one regular expression.
+    """
+    if isinstance(names, str):
+        return re.fullmatch(names, name) is not None
+    return any(name == suffix or name.endswith(f".{suffix}") for suffix in names)
+
+
+def select_targets(
+    model: nn.Module,
+    pattern: SparsityPattern,
+    include: list[str] | str | None = None,
+    exclude: list[str] | str | None = None,
+) -> TargetSelection:
+    """
+    Decides which weights of a model are pruned.
+
+    By default these are the weights of every `nn.Linear` and `Conv1D` inside the model's layers (its `nn.ModuleList`s;
+    a model without any counts as one layer), less heads, routers and adapters. `include` replaces that default; tied
+    and frozen weights are never pruned.
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        pattern ([`SparsityPattern`]):
+            The pattern, which must fit every target.
+        include (`list[str]` or `str`, *optional*):
+            Names of the modules to prune, in PEFT's convention (see [`matches`]).
+        exclude (`list[str]` or `str`, *optional*):
+            Names of the modules to leave dense, in the same convention.
+
+    Returns:
+        [`TargetSelection`]: The targets, and the reason for each matrix that is left out.
+
+    Raises:
+        `ValueError`: If the model is quantized, if no layer matches, if a name of `include` matches none, or if the
+            pattern does not fit a layer (all of them are named).
+    """
+    modules = dict(model.named_modules())
+    linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
+    _refuse_quantized(model, linear)
+    _check_names(linear, linear, include, "sparsity_include")
+    _check_names(modules, linear, exclude, "sparsity_exclude")
+    owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
+    stacks = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
+
+    def reason_to_leave(name: str) -> str | None:
+        weight = linear[name].weight
+        if exclude is not None and matches(name, exclude):
+            return "excluded by sparsity_exclude"
+        if include is not None and not matches(name, include):
+            return "not in sparsity_include"
+        if include is None and (reason := _left_by_default(name, stacks)):
+            return reason
+        if owners[id(weight)] > 1:
+            return "tied to another module"
+        return None if weight.requires_grad else "frozen"
+
+    targets, left_out = {}, {}
+    for name, parameter in model.named_parameters():
+        module = name.removesuffix(".weight")
+        if parameter.dim() < 2:
+            continue
+        if module not in linear:
+            kind = "embedding" if isinstance(modules.get(module), nn.Embedding) else "not a linear layer"
+            left_out[name] = (tuple(parameter.shape), kind)
+        elif reason := reason_to_leave(module):
+            left_out[name] = (tuple(parameter.shape), reason)
+        else:
+            targets[name] = Target(name, tuple(parameter.shape), isinstance(linear[module], Conv1D))
+
+    selection = TargetSelection(targets, left_out)
+    if not targets:
+        raise ValueError(_nothing_matched(model, selection, include, exclude))
+    _check_fit(selection, pattern)
+    return selection
+
+
+def _left_by_default(name: str, stacks: list[str]) -> str | None:
+    parts = name.split(".")
+    if any(part.startswith("lora_") for part in parts):
+        return "adapter"
+    if any(part in HEADS for part in parts):
+        return "head"
+    if parts[-1] in ROUTERS:
+        return "router"
+    if stacks and not any(name.startswith(stack) for stack in stacks):
+        return "outside the layers"
+    return None
+
+
+def _refuse_quantized(model: nn.Module, linear: dict[str, nn.Module]) -> None:
+    integer = [name for name, module in linear.items() if not module.weight.is_floating_point()]
+    if integer or getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        which = f" (such as {integer[0]}: {linear[integer[0]].weight.dtype})" if integer else ""
+        raise ValueError(
+            f"{type(model).__name__} is quantized{which}, and pruning needs floating-point weights. Load it without a "
+            "quantization_config, prune it, and quantize the sparse checkpoint afterwards."
+        )
+
+
+def _check_names(known: dict, linear: dict, names: list[str] | str | None, flag: str) -> None:
+    """Every name of a list must match some module: a typo would silently leave a layer dense, or prune it."""
+    if isinstance(names, str):
+        try:
+            re.compile(names)
+        except re.error as error:
+            raise ValueError(f"{flag} is not a regular expression: {names!r} ({error}).") from None
+        return
+    unmatched = [suffix for suffix in names or [] if not any(matches(name, [suffix]) for name in known)]
+    if unmatched:
+        endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
+        raise ValueError(
+            f"{flag} matches no module with: {', '.join(unmatched)}. Give suffixes of module names, or one regular "
+            f"expression. The names of this model's linear layers end in: {endings}."
+        )
+
+
+def _nothing_matched(model: nn.Module, selection: TargetSelection, include, exclude) -> str:
+    counts = Counter(reason for _, reason in selection.left_out.values())
+    reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "it has no matrices"
+    message = (
+        f"No layer of {type(model).__name__} matched, so nothing would be pruned (sparsity_include={include!r}, "
+        f"sparsity_exclude={exclude!r}; left out: {reasons}). "
+    )
+    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
+        return message + (
+            "The base weights of a PEFT/LoRA model are frozen, and merging adapters later would destroy the zeros. "
+            "Merge the adapters first (`model.merge_and_unload()`) and fine-tune the merged model."
+        )
+    return message + "Name the modules to prune with sparsity_include, unfreeze them, or set sparsity_pattern='none'."
+
+
+def _check_fit(selection: TargetSelection, pattern: SparsityPattern) -> None:
+    misfits = {}
+    for name, target in selection.targets.items():
+        out_features, in_features = reversed(target.shape) if target.transposed else target.shape
+        if reason := pattern.misfit(out_features, in_features):
+            misfits[name.removesuffix(".weight")] = reason
+    if misfits:
+        listing = "\n".join(f"  {name}: {reason}" for name, reason in misfits.items())
+        raise ValueError(
+            f"Pattern {pattern} does not fit {len(misfits)} of {len(selection.targets)} layers:\n{listing}\n"
+            f"Leave them dense with --sparsity_exclude {' '.join(misfits)}, or choose a pattern that divides them."
+        )
