@@ -124,14 +124,14 @@ class AuditReport:
         if not self.sparse and not self.failures:
             return f"FAILED: no weight is sparse under pattern {self.pattern}."
         if self.ok:
-            return f"OK: every group of all {len(self.sparse)} sparse weights obeys {self.pattern}."
+            return f"OK: every group of every sparse weight ({len(self.sparse)} of them) obeys {self.pattern}."
         reasons = {
             "broken": "{0.broken} of {0.groups} groups broken",
             "misfit": "pattern does not fit its shape {0.shape}",
             "missing": "missing",
         }
         named = "; ".join(f"{weight.name} ({reasons[weight.status].format(weight)})" for weight in self.failures)
-        return f"FAILED: {len(self.failures)} weights break pattern {self.pattern}: {named}."
+        return f"FAILED: pattern {self.pattern} is broken by {len(self.failures)} weight(s): {named}."
 
     def table(self) -> str:
         """A plain-text table with a row for each weight and a last line that sums up."""

@@ -108,9 +108,9 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
     found = [file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth")]
     found += [file.relative_to(path).as_posix() for file in path.glob(f"*/{WEIGHTS_NAME}")]
     raise ValueError(
-        f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME} (weights found there: {', '.join(sorted(found)) or 'none'}"
-        "). Give the folder or file of one checkpoint. Only safetensors are audited: load a model saved otherwise with "
-        "from_pretrained and save it again with save_pretrained."
+        f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME} (weights found there: "
+        f"{', '.join(sorted(found)) or 'none'}). Give the folder or file of one checkpoint. Only safetensors are "
+        "audited: load a model saved otherwise with from_pretrained and save it again with save_pretrained."
     )
 
 

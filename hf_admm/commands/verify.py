@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from huggingface_hub import snapshot_download
-from huggingface_hub.errors import HfHubHTTPError
 
 from hf_admm.audit import audit_checkpoint
 from hf_admm.checkpoint_files import INDEX_NAME, RECORD_NAME
@@ -65,7 +64,7 @@ def _local(path_or_id: str) -> Path:
         # The dense working weights of an interrupted run may be safetensors too, and are not the model.
         wanted = ["model*.safetensors", INDEX_NAME, RECORD_NAME]
         return Path(snapshot_download(path_or_id, allow_patterns=wanted))
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0]
         raise ValueError(
             f"{path_or_id!r} is neither an existing path nor a model that can be downloaded from the hub ({reason}). "
