@@ -90,6 +90,7 @@ class TestAuditWeights:
         fill_first_zero(weight, value)
         report = audit_weights([("good", sparse_weight(), False), ("bad", weight, False)], parse_pattern("2:4"))
         assert not report.ok and report.violations == 1
+        assert [weight.zeros for weight in report.weights] == [64, 63]
         assert [failure.name for failure in report.failures] == ["bad"]
         assert "bad (1 of 32 groups broken)" in report.verdict() and "good" not in report.verdict()
 
