@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -83,12 +84,40 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
         `ValueError`: If there are no safetensors, or a file is damaged or missing.
     """
     for file, names in _files(path).items():
-        try:
-            with safe_open(file, framework="pt") as tensors:
-                for name in names if names is not None else tensors.keys():
-                    yield name, tensors.get_tensor(name)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{file} is not a readable safetensors file ({error}). Copy or save it again.") from error
+        with _open(file) as tensors:
+            for name in names if names is not None else tensors.keys():
+                yield name, tensors.get_tensor(name)
+
+
+def read_names(path: Path) -> set[str]:
+    """
+    The state dict keys of a checkpoint, without reading its tensors. They are not always the parameter names: some
+    architectures (GTE, NomicBERT, Mixtral) are saved in their original format, renamed or with layers fused.
+
+    Args:
+        path (`Path`):
+            A folder with `model.safetensors` or with an index and its shards, or one `.safetensors` file.
+
+    Returns:
+        `set[str]`: The keys.
+
+    Raises:
+        `ValueError`: If there are no safetensors, or a file is damaged or missing.
+    """
+    found: set[str] = set()
+    for file, names in _files(path).items():
+        with _open(file) as tensors:
+            found.update(names if names is not None else tensors.keys())
+    return found
+
+
+@contextmanager
+def _open(file: Path):
+    try:
+        with safe_open(file, framework="pt") as tensors:
+            yield tensors
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a readable safetensors file ({error}). Copy or save it again.") from error
 
 
 def _files(path: Path) -> dict[Path, list[str] | None]:

@@ -6,11 +6,13 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from hf_admm.checkpoint_files import INDEX_NAME, RECORD_NAME, WEIGHTS_NAME, read_record, read_tensors
+from hf_admm.checkpoint_files import INDEX_NAME, RECORD_NAME, WEIGHTS_NAME, read_names, read_record, read_tensors
 
 
 def tensors_of(path):
-    return {name: tensor.tolist() for name, tensor in read_tensors(path)}
+    tensors = {name: tensor.tolist() for name, tensor in read_tensors(path)}
+    assert read_names(path) == set(tensors)
+    return tensors
 
 
 def save(path, **values):
