@@ -8,6 +8,7 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.commands.glue import GlueArguments
 from hf_admm.configs import available_configs, load_config
 from hf_admm.glue import GLUE_TASKS
 
@@ -62,10 +63,11 @@ def test_a_pattern_recipe_prunes_to_its_pattern(name, pattern, tmp_path):
 
 
 @pytest.mark.parametrize("name", TASKS)
-def test_a_task_recipe_names_its_task(name):
+def test_a_task_recipe_is_one_of_hf_admm_glue(name):
     config = load_config(name)
     assert config["task_name"] == name
     assert name in GLUE_TASKS
+    assert TASK_KEYS & config.keys() <= {field.name for field in dataclasses.fields(GlueArguments)}
 
 
 @pytest.mark.parametrize("name", BASELINES)
