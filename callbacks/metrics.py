@@ -10,8 +10,8 @@ class MetricsCallback(TrainerCallback):
     Takes the figures that [`ADMMTrainer.log`] adds to the training logs, on the steps that are logged.
 
     Lifecycle:
-        - `on_step_end`, `on_epoch_end`: the penalty, rho and the phase, if this is a moment to log. Residuals, flips and
-          sparsity were taken when Z and U, or the masks, were last updated
+        - `on_step_end`, `on_epoch_end`: the penalty, rho and the phase, if this is a moment to log. Residuals, flips
+          and sparsity were taken when Z and U, or the masks, were last updated
 
     Args:
         state ([`ADMMState`]):

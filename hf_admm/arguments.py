@@ -18,8 +18,8 @@ MASK_MODES = ("dynamic", "fixed")
 @dataclass
 class ADMMTrainingArguments(TrainingArguments):
     """
-    [`~transformers.TrainingArguments`] with the flags of sparse fine-tuning. Every one parses from the command line and
-    from YAML.
+    [`~transformers.TrainingArguments`] with the flags of sparse fine-tuning. Every one parses from the command line
+    and from YAML.
 
     > Parameters that control what is pruned
 
@@ -28,8 +28,8 @@ class ADMMTrainingArguments(TrainingArguments):
             `"N:M"` (N kept of every M consecutive inputs), `"RxC:K"` (K kept of every block of R outputs by C inputs),
             a density such as `"0.5"`, or `"none"` to train as plain `Trainer` does.
         sparsity_include (`list[str]`, *optional*):
-            Module names to prune, as suffixes or as one regular expression (PEFT's convention). By default every linear
-            layer of the transformer's layers, not the heads.
+            Module names to prune, as suffixes or as one regular expression (PEFT's convention). By default every
+            linear layer of the transformer's layers, not the heads.
         sparsity_exclude (`list[str]`, *optional*):
             Module names to leave dense, in the same convention.
 
@@ -47,7 +47,8 @@ class ADMMTrainingArguments(TrainingArguments):
             Optimizer steps between two updates of Z and U.
         admm_penalty (`str`, *optional*, defaults to `"loss"`):
             Where the penalty enters. `"loss"`: its exact gradient joins the gradient of the loss, before clipping.
-            `"gradient"`: the same after clipping. `"decoupled"`: a proximal step beside the optimizer, as AdamW's decay.
+            `"gradient"`: the same after clipping. `"decoupled"`: a proximal step beside the optimizer, as AdamW's
+            decay.
 
         > Parameters that control phase 2, SR-STE
 
@@ -74,8 +75,8 @@ class ADMMTrainingArguments(TrainingArguments):
     sparsity_include: list[str] | None = field(
         default=None,
         metadata={
-            "help": "Names of the modules to prune: suffixes, or one regular expression. By default every linear layer "
-            "of the transformer's layers."
+            "help": "Names of the modules to prune: suffixes, or one regular expression. By default every linear "
+            "layer of the transformer's layers."
         },
     )
     sparsity_exclude: list[str] | None = field(
@@ -103,8 +104,8 @@ class ADMMTrainingArguments(TrainingArguments):
     admm_penalty: str = field(
         default="loss",
         metadata={
-            "help": "Where the penalty enters: 'loss' (before gradient clipping), 'gradient' (after it) or 'decoupled' "
-            "(a proximal step beside the optimizer)."
+            "help": "Where the penalty enters: 'loss' (before gradient clipping), 'gradient' (after it) or "
+            "'decoupled' (a proximal step beside the optimizer)."
         },
     )
     srste_mask: str = field(
@@ -120,7 +121,7 @@ class ADMMTrainingArguments(TrainingArguments):
     mask_freeze_steps: float = field(
         default=0.1,
         metadata={
-            "help": "The last part of the run, with the mask frozen: a share of the run if below 1, else optimizer steps."
+            "help": "The last part of the run, with the mask frozen: a share of the run if below 1, else steps."
         },
     )
 
@@ -136,16 +137,16 @@ class ADMMTrainingArguments(TrainingArguments):
 
     def validate_sparsity(self) -> None:
         """
-        Checks the flags of sparse fine-tuning. Runs again when training starts: a hyperparameter search sets attributes
-        of existing arguments.
+        Checks the flags of sparse fine-tuning. Runs again when training starts: a hyperparameter search sets
+        attributes of existing arguments.
 
         Raises:
             `ValueError`: If a flag has a value that is not allowed.
         """
         if not isinstance(self.sparsity_pattern, str):
             raise ValueError(
-                f"sparsity_pattern={self.sparsity_pattern!r} is not a string. YAML reads an unquoted 2:4 as a number in "
-                'base 60: write "2:4" in quotes.'
+                f"sparsity_pattern={self.sparsity_pattern!r} is not a string. YAML reads an unquoted 2:4 as a number "
+                'in base 60: write "2:4" in quotes.'
             )
         self.pattern  # noqa: B018  (parsing it is the check)
         for name, allowed in (

@@ -1,7 +1,7 @@
 """What a legal group of weights is.
 
-A sparsity pattern divides a weight of shape `(out_features, in_features)` into groups and says how many entries of each
-group may be non-zero. `N` and `K` always count the entries that are **kept**.
+A sparsity pattern divides a weight of shape `(out_features, in_features)` into groups and says how many entries of
+each group may be non-zero. `N` and `K` always count the entries that are **kept**.
 
 | string | class | group |
 | --- | --- | --- |

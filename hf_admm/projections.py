@@ -1,9 +1,9 @@
 """Projections on the set of weights that obey a pattern: pure functions on tensors.
 
 The set is not convex, yet its Euclidean projection is exact: keep the largest magnitudes of each group, zero the rest.
-Every function takes a weight as `(out_features, in_features)`; pass `transposed=True` for a weight stored the other way
-round, as GPT-2's `Conv1D` does. Ties are broken by position (the first entry of a group wins), so a mask keeps exactly
-as many entries as the pattern says and is the same on every device and every process.
+Every function takes a weight as `(out_features, in_features)`; pass `transposed=True` for a weight stored the other
+way round, as GPT-2's `Conv1D` does. Ties are broken by position (the first entry of a group wins), so a mask keeps
+exactly as many entries as the pattern says and is the same on every device and every process.
 """
 
 import torch
@@ -21,9 +21,9 @@ def magnitude_keys(tensor: torch.Tensor) -> torch.Tensor:
     """
     Integers that order the entries of a tensor by magnitude.
 
-    The bits of an IEEE number without its sign grow with its magnitude, so comparing them as integers is exact in every
-    dtype and total: infinities come above finite numbers and NaN above infinities, where comparisons of floats with NaN
-    would all be false and a group would keep too many entries.
+    The bits of an IEEE number without its sign grow with its magnitude, so comparing them as integers is exact in
+    every dtype and total: infinities come above finite numbers and NaN above infinities, where comparisons of floats
+    with NaN would all be false and a group would keep too many entries.
 
     Args:
         tensor (`torch.Tensor`):

@@ -1,8 +1,8 @@
 """The sidecar of a checkpoint: the dense working weights and the anchors or masks that an exact resume needs.
 
-`model.safetensors` beside it holds the sparse weights, so any checkpoint loads anywhere; only a resume reads this file.
-It is one safetensors file whose header carries the settings, written to a temporary name and renamed: it is either whole
-or not there.
+`model.safetensors` beside it holds the sparse weights, so any checkpoint loads anywhere; only a resume reads this
+file. It is one safetensors file whose header carries the settings, written to a temporary name and renamed: it is
+either whole or not there.
 """
 
 import json
@@ -79,21 +79,21 @@ def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, ta
     if not path.is_file():
         raise ValueError(
             f"{folder} has no {SIDECAR_NAME}, the dense weights and dual variables that an exact resume needs: it was "
-            "saved with save_only_model=True, or by a dense run. Resume from a full checkpoint, or start a new run from "
-            "its weights with from_pretrained."
+            "saved with save_only_model=True, or by a dense run. Resume from a full checkpoint, or start a new run "
+            "from its weights with from_pretrained."
         )
     settings = _settings(path)
     if settings["pattern"] != str(pattern):
         raise ValueError(
-            f"{folder} was trained with sparsity_pattern={settings['pattern']!r}, this run has {str(pattern)!r}. Resume "
-            "with the checkpoint's pattern, or start a new run from its weights with from_pretrained."
+            f"{folder} was trained with sparsity_pattern={settings['pattern']!r}, this run has {str(pattern)!r}. "
+            "Resume with the checkpoint's pattern, or start a new run from its weights with from_pretrained."
         )
-    missing, new = set(settings["targets"]) - set(targets), set(targets) - set(settings["targets"])
-    if missing or new:
+    gone = ", ".join(sorted(set(settings["targets"]) - set(targets)))
+    new = ", ".join(sorted(set(targets) - set(settings["targets"])))
+    if gone or new:
         raise ValueError(
-            f"{folder} was trained with other targets. In the checkpoint only: {', '.join(sorted(missing)) or 'none'}. "
-            f"In this run only: {', '.join(sorted(new)) or 'none'}. Resume with the checkpoint's sparsity_include and "
-            "sparsity_exclude."
+            f"{folder} was trained with other targets. In the checkpoint only: {gone or 'none'}. In this run only: "
+            f"{new or 'none'}. Resume with the checkpoint's sparsity_include and sparsity_exclude."
         )
 
 
@@ -120,8 +120,8 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
             dense, companion = (file.get_tensor(f"{key}/{name}") for key in ("weight", kind))
             if dense.shape != weight.shape or companion.shape != weight.shape:
                 raise ValueError(
-                    f"{path} holds {name} with shape {tuple(dense.shape)}, the model has {tuple(weight.shape)}. Resume "
-                    "with the model that the checkpoint was trained from."
+                    f"{path} holds {name} with shape {tuple(dense.shape)}, the model has {tuple(weight.shape)}. "
+                    "Resume with the model that the checkpoint was trained from."
                 )
             weight.copy_(dense)
             companions[name] = companion.to(weight.device)
@@ -144,7 +144,7 @@ def _settings(path: Path) -> dict:
         ) from None
     if settings.get("format_version") != FORMAT_VERSION:
         raise ValueError(
-            f"{path} has format version {settings.get('format_version')!r}, this release reads {FORMAT_VERSION}. Resume "
-            "with the release that wrote it."
+            f"{path} has format version {settings.get('format_version')!r}, this release reads {FORMAT_VERSION}. "
+            "Resume with the release that wrote it."
         )
     return settings

@@ -28,8 +28,8 @@ class ADMMState:
     Lifecycle:
         - `reset`, then `start_admm` or `start_srste` (or `sidecar.load_sidecar`, on resume)
         - phase `"admm"`: `pull_gradients` or `pull_weights` every step, `update_dual` every few
-        - phase `"srste"`: `mask_weights` before each forward, `unmask_weights` after the backward, `refresh_masks` every
-          few steps
+        - phase `"srste"`: `mask_weights` before each forward, `unmask_weights` after the backward, `refresh_masks`
+          every few steps
         - `finish`: phase `"sparse"`, the zeros are in the weights for good
     """
 

@@ -10,7 +10,8 @@ from transformers.pytorch_utils import Conv1D
 from hf_admm.patterns import SparsityPattern
 
 
-# Modules that map the last hidden state to a task or to a vocabulary: small, sensitive, and new in most fine-tuning runs.
+# Modules that map the last hidden state to a task or to a vocabulary: small, sensitive, and new in most fine-tuning
+# runs.
 HEADS = ("classifier", "pooler", "qa_outputs", "score", "lm_head")
 # Routers of a mixture of experts: a few outputs that decide where every token goes.
 ROUTERS = ("router", "gate", "shared_expert_gate")

@@ -12,8 +12,8 @@ from transformers.utils import logging
 
 from hf_admm.arguments import ADMMTrainingArguments, unsupported_backend
 from hf_admm.audit import AuditReport
-from hf_admm.checkpoint_files import RECORD_NAME
 from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
+from hf_admm.checkpoint_files import RECORD_NAME
 from hf_admm.schedules import join_segments
 from hf_admm.sidecar import check_sidecar, load_sidecar, save_sidecar
 from hf_admm.state import ADMMState
@@ -33,8 +33,9 @@ class ADMMTrainerMixin:
     class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
     ```
 
-    Within training, evaluation and every saved model hold weights that obey the pattern; the dense working weights live
-    in the sidecar of each checkpoint. After training, the model itself is sparse and `audit` holds the final check.
+    Within training, evaluation and every saved model hold weights that obey the pattern; the dense working weights
+    live in the sidecar of each checkpoint. After training, the model itself is sparse and `audit` holds the final
+    check.
     """
 
     def __init__(self, model=None, args=None, *positional, **kwargs):
@@ -89,8 +90,8 @@ class ADMMTrainerMixin:
         logger.info(f"Final audit:\n{self.audit.table()}")
         if not self.audit.ok:
             raise RuntimeError(
-                f"{self.audit.violations} groups break the pattern {self.args.pattern} after training. Something wrote "
-                f"to the weights behind the trainer's back.\n{self.audit.table()}"
+                f"{self.audit.violations} groups break the pattern {self.args.pattern} after training. Something "
+                f"wrote to the weights behind the trainer's back.\n{self.audit.table()}"
             )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -128,8 +129,9 @@ class ADMMTrainerMixin:
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        # The penalty's exact gradient, once per optimizer step: gradients are accumulated and reduced, not yet clipped.
-        # As a term of the loss it would be divided by the accumulation steps and mixed into the logged task loss.
+        # The penalty's exact gradient, once per optimizer step: gradients are accumulated and reduced, not yet
+        # clipped. As a term of the loss it would be divided by the accumulation steps and mixed into the logged task
+        # loss.
         if self.sparsity.phase == "admm" and self.args.admm_penalty == "loss" and self.accelerator.sync_gradients:
             scaler = self.accelerator.scaler
             self.sparsity.pull_gradients(self.sparsity.rho * (1.0 if scaler is None else scaler.get_scale()))
@@ -194,8 +196,8 @@ class ADMMTrainerMixin:
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):
     """
-    [`~transformers.Trainer`] that fine-tunes a transformer to a sparsity pattern: ADMM, then SR-STE. Takes what `Trainer`
-    takes, with [`ADMMTrainingArguments`] as `args`.
+    [`~transformers.Trainer`] that fine-tunes a transformer to a sparsity pattern: ADMM, then SR-STE. Takes what
+    `Trainer` takes, with [`ADMMTrainingArguments`] as `args`.
 
     Raises:
         `ValueError`: If no layer matches, the pattern does not fit one, the model is quantized, or the backend is not

@@ -54,8 +54,8 @@ def dual_step(
             `rho_old / rho_new`, at most 1: the dual variable is U times rho, and must not jump when rho grows.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The new anchor, and a vector of the sums that residuals are made of: squares
-        of W - Z, W, Z, Z - Z_old and U, then the entries whose mask flipped, and those kept.
+        `tuple[torch.Tensor, torch.Tensor]`: The new anchor, and a vector of the sums that residuals are made of:
+        squares of W - Z, W, Z, Z - Z_old and U, then the entries whose mask flipped, and those kept.
     """
     weight = weight.float()
     old_mask = sparsity_mask(anchor, pattern, transposed)
