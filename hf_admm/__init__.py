@@ -1,6 +1,8 @@
 """Sparse fine-tuning for the Hugging Face Trainer."""
 
+from importlib import import_module
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hf_admm.version import __version__
 
@@ -10,14 +12,24 @@ _root = Path(__file__).resolve().parent.parent
 if (_root / "setup.cfg").is_file() and not (Path(__file__).parent / "callbacks").exists():
     __path__.append(str(_root))
 
+if TYPE_CHECKING:
+    from hf_admm.arguments import ADMMTrainingArguments
+    from hf_admm.audit import audit_checkpoint
+    from hf_admm.patterns import parse_pattern
+    from hf_admm.projections import project, sparsity_mask
+    from hf_admm.targets import select_targets
+    from hf_admm.trainer import ADMMTrainer, ADMMTrainerMixin
 
-from hf_admm.arguments import ADMMTrainingArguments  # noqa: E402
-from hf_admm.audit import audit_checkpoint  # noqa: E402
-from hf_admm.patterns import parse_pattern  # noqa: E402
-from hf_admm.projections import project, sparsity_mask  # noqa: E402
-from hf_admm.targets import select_targets  # noqa: E402
-from hf_admm.trainer import ADMMTrainer, ADMMTrainerMixin  # noqa: E402
-
+_HOMES = {
+    "ADMMTrainer": "trainer",
+    "ADMMTrainerMixin": "trainer",
+    "ADMMTrainingArguments": "arguments",
+    "audit_checkpoint": "audit",
+    "parse_pattern": "patterns",
+    "project": "projections",
+    "select_targets": "targets",
+    "sparsity_mask": "projections",
+}
 
 __all__ = [
     "ADMMTrainer",
@@ -30,3 +42,10 @@ __all__ = [
     "select_targets",
     "sparsity_mask",
 ]
+
+
+def __getattr__(name: str):
+    # On first use: `hf-admm verify` and `--help` need neither transformers nor, some, torch.
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_admm.arguments import ADMMTrainingArguments, unsupported_backend
 from hf_admm.audit import AuditReport
 from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
-from hf_admm.checkpoint_files import RECORD_NAME
+from hf_admm.checkpoint_files import RECORD_NAME, RECORD_VERSION, read_names
 from hf_admm.schedules import join_segments
 from hf_admm.sidecar import check_sidecar, load_sidecar, save_sidecar
 from hf_admm.state import ADMMState
@@ -159,11 +159,17 @@ class ADMMTrainerMixin:
 
     def _save_record(self, folder: Path) -> None:
         """What `hf-admm verify` checks against; nothing needs it to load the model."""
+        # A few families are saved under other keys than their parameters have; verify judges those by their zeros.
+        saved = read_names(folder)
         record = {
-            "format_version": 1,
+            "format_version": RECORD_VERSION,
             "hf_admm_version": __version__,
             "pattern": str(self.sparsity.pattern),
-            "targets": {name: {"transposed": target.transposed} for name, target in self.sparsity.targets.items()},
+            "targets": {
+                name: {"transposed": target.transposed}
+                for name, target in self.sparsity.targets.items()
+                if name in saved
+            },
         }
         temporary = folder / f"{RECORD_NAME}.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n")
