@@ -1,0 +1,8 @@
+"""`python -m hf_admm` is `hf-admm`."""
+
+import sys
+
+from hf_admm.cli import main
+
+
+sys.exit(main())

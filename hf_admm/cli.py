@@ -1,0 +1,64 @@
+"""The console script `hf-admm`."""
+
+import os
+import sys
+from collections.abc import Sequence
+from importlib import import_module
+
+from hf_admm.version import __version__
+
+
+# Each command is a module that is imported only when it runs: torch and transformers take seconds.
+COMMANDS = {
+    "quickstart": "fine-tune a small model dense and sparse, offline on a CPU, and compare them",
+    "glue": "fine-tune a model on a GLUE task to a sparsity pattern",
+    "verify": "check that the weights of a checkpoint obey a sparsity pattern",
+}
+OFFLINE = ("quickstart",)
+
+
+def usage() -> str:
+    """
+    What `hf-admm --help` prints.
+
+    Returns:
+        `str`: The commands and what each is for.
+    """
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name.ljust(width)}  {purpose}" for name, purpose in COMMANDS.items())
+    return (
+        "usage: hf-admm COMMAND [FLAGS]\n\nSparse fine-tuning for the Hugging Face Trainer.\n\n"
+        f"commands:\n{commands}\n\nhf-admm COMMAND --help lists the flags of a command, hf-admm --version the version."
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """
+    Runs a command.
+
+    Args:
+        argv (`Sequence[str]`, *optional*):
+            The command and its flags. Defaults to those of the process.
+
+    Returns:
+        `int`: The exit code: that of the command, or 2 for bad input.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = arguments[0] if arguments else None
+    if name in ("-h", "--help"):
+        print(usage())
+        return 0
+    if name == "--version":
+        print(f"hf-admm {__version__}")
+        return 0
+    if name not in COMMANDS:
+        complaint = "" if name is None else f"error: unknown command {name!r}\n\n"
+        print(f"{complaint}{usage()}", file=sys.stderr)
+        return 2
+    if name in OFFLINE:
+        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the command imports huggingface_hub
+    try:
+        return import_module(f"hf_admm.commands.{name}").main(arguments[1:])
+    except ValueError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2

@@ -1,0 +1,1 @@
+"""The subcommands of `hf-admm`, one module each with a `main(argv) -> int`."""

@@ -1,0 +1,143 @@
+"""What the training commands share: their flags, and where a flag's value comes from."""
+
+import dataclasses
+import difflib
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any, NoReturn, TypeVar
+
+from transformers import HfArgumentParser
+
+from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.configs import load_config
+
+
+# Fine-tuning a pre-trained encoder; any of them gives way to the config and the command line.
+DEFAULTS = {
+    "learning_rate": 1e-4,
+    "per_device_train_batch_size": 32,
+    "per_device_eval_batch_size": 64,
+    "num_train_epochs": 5,
+    "warmup_steps": 0.06,
+    "logging_steps": 50,
+    "save_strategy": "no",
+    "report_to": "none",
+}
+
+
+@dataclass
+class CommandArguments:
+    """
+    Flags of every training command.
+
+    Args:
+        config (`str`, *optional*):
+            A YAML file, or the name of a bundled recipe, whose keys are flags.
+        max_train_samples (`int`, *optional*):
+            Train on that many examples at most.
+        max_eval_samples (`int`, *optional*):
+            Evaluate on that many examples at most.
+        max_seq_length (`int`, *optional*, defaults to 128):
+            Longer inputs are truncated to that many tokens.
+        dry_run (`bool`, *optional*, defaults to `False`):
+            Print what would be pruned and stop.
+
+    Raises:
+        `ValueError`: If a number is below 1.
+    """
+
+    config: str | None = field(
+        default=None,
+        metadata={"help": "A YAML file, or the name of a bundled recipe, whose keys are flags. Flags given here win."},
+    )
+    max_train_samples: int | None = field(
+        default=None, metadata={"help": "Train on that many examples at most, drawn with a fixed seed."}
+    )
+    max_eval_samples: int | None = field(
+        default=None, metadata={"help": "Evaluate on that many examples at most, drawn with a fixed seed."}
+    )
+    max_seq_length: int = field(default=128, metadata={"help": "Truncate longer inputs to that many tokens."})
+    dry_run: bool = field(
+        default=False, metadata={"help": "Whether to print which weights would be pruned, and stop there."}
+    )
+
+    def __post_init__(self):
+        for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"--{name} {value} is not allowed: give a whole number of at least 1.")
+
+
+Arguments = TypeVar("Arguments", bound=CommandArguments)
+
+
+class _Parser(HfArgumentParser):
+    """Raises where argparse would print a usage of two hundred flags and exit."""
+
+    def error(self, message: str) -> NoReturn:
+        raise ValueError(f"{message}. See {self.prog} --help.")
+
+
+def parse_flags(
+    argv: Sequence[str], prog: str, description: str, command_type: type[Arguments], defaults: dict[str, Any]
+) -> tuple[Arguments, dict[str, Any]]:
+    """
+    Reads the flags of a training command. A flag's value comes from the command line, else from `--config`, else from
+    the command's defaults, else from the dataclass.
+
+    Args:
+        argv (`Sequence[str]`):
+            What follows the command.
+        prog (`str`):
+            The command, for messages.
+        description (`str`):
+            What the command does, for `--help`.
+        command_type (`type`):
+            Dataclass of the command's own flags.
+        defaults (`dict[str, Any]`):
+            The command's defaults.
+
+    Returns:
+        `tuple`: The command's own flags, and the values to make [`ADMMTrainingArguments`] from.
+
+    Raises:
+        `ValueError`: If a flag, a key of the config or a value is not allowed.
+    """
+    parser = _Parser((command_type, ADMMTrainingArguments), prog=prog, description=description, allow_abbrev=False)
+    known = {action.dest for action in parser._actions if action.dest not in ("help", SUPPRESS)}
+    values = {**defaults, **_config_values(argv, known)}
+    # As text they go through the same conversions and checks as what is typed on the command line.
+    parser.set_defaults(**{name: _as_typed(value) for name, value in values.items()})
+    namespace, unknown = parser.parse_known_args(list(argv))
+    if unknown:
+        raise ValueError(f"{prog} does not know {_with_hints(unknown, [f'--{name}' for name in known])}.")
+    parsed = vars(namespace)
+    own = {item.name: parsed.pop(item.name) for item in dataclasses.fields(command_type)}
+    return command_type(**own), parsed
+
+
+def _config_values(argv: Sequence[str], known: set[str]) -> dict[str, Any]:
+    finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
+    finder.add_argument("--config", nargs="?")
+    name = finder.parse_known_args(list(argv))[0].config
+    if name is None:
+        return {}
+    values = load_config(name)
+    if unknown := [key for key in values if key not in known or key == "config"]:
+        raise ValueError(
+            f"Config {name!r} has keys that are no flags: {_with_hints(unknown, sorted(known - {'config'}))}."
+        )
+    return values
+
+
+def _as_typed(value: Any) -> Any:
+    return str(value) if isinstance(value, bool | int | float) else value
+
+
+def _with_hints(unknown: Sequence[str], known: Sequence[str]) -> str:
+    shown = []
+    for name in unknown:
+        close = difflib.get_close_matches(name.split("=")[0], known, n=1)
+        shown.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    return ", ".join(shown)
