@@ -59,9 +59,14 @@ class TargetSelection:
         cells += [(name, "x".join(map(str, shape)), reason) for name, shape, reason in rows]
         widths = [max(len(row[column]) for row in cells) for column in range(2)]
         lines = [f"{name:<{widths[0]}}  {shape:>{widths[1]}}  {reason}" for name, shape, reason in cells]
+        return "\n".join([*lines, self.summary()])
+
+    def summary(self) -> str:
+        """One line: how many weights are pruned, and how many are not, by reason."""
         pruned = sum(target.shape[0] * target.shape[1] for target in self.targets.values())
-        lines.append(f"{len(self.targets)} weights pruned ({pruned:,} entries), {len(self.left_out)} left dense")
-        return "\n".join(lines)
+        reasons = Counter(reason for _, reason in self.left_out.values())
+        dense = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
+        return f"{len(self.targets)} weights pruned ({pruned:,} entries); left dense: {dense}"
 
 
 def matches(name: str, names: list[str] | str) -> bool:

@@ -14,6 +14,7 @@ from hf_admm.arguments import ADMMTrainingArguments, unsupported_backend
 from hf_admm.audit import AuditReport
 from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
 from hf_admm.checkpoint_files import RECORD_NAME, RECORD_VERSION, read_names
+from hf_admm.loss_scaling import returns_plain_mean
 from hf_admm.schedules import join_segments
 from hf_admm.sidecar import check_sidecar, load_sidecar, save_sidecar
 from hf_admm.state import ADMMState
@@ -61,10 +62,21 @@ class ADMMTrainerMixin:
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # as set by `accelerate launch`
             raise ValueError(unsupported_backend("DeepSpeed" if self.is_deepspeed_enabled else "FSDP"))
         if not any(isinstance(callback, ADMMCallback) for callback in self.callback_handler.callbacks):
-            logger.info(f"Pattern {self.args.pattern}:\n{self.target_table()}")
+            self._announce()
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [ADMMCallback(self.sparsity), SRSTECallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
+
+        if self.model_accepts_loss_kwargs and returns_plain_mean(self.accelerator.unwrap_model(self.model)):
+            # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
+            self.model_accepts_loss_kwargs = False
+            logger.info(f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step.")
+
+    def _announce(self) -> None:
+        selection = self.select_targets()
+        logger.info(f"Pattern {self.args.pattern}:\n{selection.table()}")
+        if self.is_world_process_zero():
+            print(f"hf_admm: pattern {self.args.pattern}, {selection.summary()}")
 
     def select_targets(self) -> TargetSelection:
         """Which weights of the model are pruned by these arguments, and why the others are not."""
@@ -88,6 +100,8 @@ class ADMMTrainerMixin:
     def _audit(self) -> None:
         self.audit = self.sparsity.audit()
         logger.info(f"Final audit:\n{self.audit.table()}")
+        if self.is_world_process_zero():
+            print(f"hf_admm: final audit, {self.audit.verdict()}")
         if not self.audit.ok:
             raise RuntimeError(
                 f"{self.audit.violations} groups break the pattern {self.args.pattern} after training. Something "
