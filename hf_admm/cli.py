@@ -14,7 +14,13 @@ COMMANDS = {
     "glue": "fine-tune a model on a GLUE task to a sparsity pattern",
     "verify": "check that the weights of a checkpoint obey a sparsity pattern",
 }
-OFFLINE = ("quickstart",)
+
+# Set before a command imports the libraries that read them; what the user has set stays.
+ENVIRONMENT = {
+    "quickstart": {"HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"},
+    # Waiting threads that spin take the cores from those that work: where a CPU is shared, training crawls.
+    "glue": {"OMP_WAIT_POLICY": "PASSIVE"},
+}
 
 
 def usage() -> str:
@@ -55,8 +61,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         complaint = "" if name is None else f"error: unknown command {name!r}\n\n"
         print(f"{complaint}{usage()}", file=sys.stderr)
         return 2
-    if name in OFFLINE:
-        os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when the command imports huggingface_hub
+    for variable, value in ENVIRONMENT.get(name, {}).items():
+        os.environ.setdefault(variable, value)
     try:
         return import_module(f"hf_admm.commands.{name}").main(arguments[1:])
     except ValueError as error:

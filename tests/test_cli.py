@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -58,6 +59,13 @@ def test_python_m_hf_admm_without_torch():
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, timeout=60)
     assert done.returncode == 0, done.stderr
     assert "usage: hf-admm COMMAND" in done.stdout
+
+
+def test_quickstart_stays_offline_unless_the_user_says_otherwise(monkeypatch):
+    monkeypatch.setattr(cli, "import_module", lambda name: SimpleNamespace(main=lambda argv: 5))
+    monkeypatch.setattr(cli.os, "environ", {"OMP_WAIT_POLICY": "ACTIVE"})
+    assert cli.main(["quickstart"]) == 5
+    assert cli.os.environ == {"OMP_WAIT_POLICY": "ACTIVE", "HF_HUB_OFFLINE": "1"}
 
 
 @pytest.mark.parametrize(
