@@ -203,6 +203,7 @@ def audit_checkpoint(path: str | Path, pattern: SparsityPattern | str | None = N
     Raises:
         `ValueError`: If there are no safetensors, a file is damaged or missing, or the pattern is invalid.
     """
+    path = Path(path)
     record = read_record(path)
     if pattern is None:
         pattern = record.pattern if record else DEFAULT_PATTERN

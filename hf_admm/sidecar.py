@@ -44,7 +44,7 @@ def save_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
         "rho": state.rho,
         "updated_at": state.updated_at,
         "figures": {name: float(figure) for name, figure in state.figures.items()},
-        "targets": list(state.targets),
+        "targets": {name: list(target.shape) for name, target in state.targets.items()},
     }
     path = Path(folder) / SIDECAR_NAME
     temporary = path.with_suffix(".tmp")
@@ -65,7 +65,7 @@ def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, ta
             The targets of this run.
 
     Raises:
-        `ValueError`: If the sidecar is missing or unreadable, or its pattern or targets differ.
+        `ValueError`: If the sidecar is missing or unreadable, or its pattern, targets or their shapes differ.
     """
     path = Path(folder) / SIDECAR_NAME
     if pattern is None:
@@ -95,6 +95,12 @@ def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, ta
             f"{folder} was trained with other targets. In the checkpoint only: {gone or 'none'}. In this run only: "
             f"{new or 'none'}. Resume with the checkpoint's sparsity_include and sparsity_exclude."
         )
+    reshaped = [name for name, target in targets.items() if list(target.shape) != settings["targets"][name]]
+    if reshaped:
+        raise ValueError(
+            f"{folder} was trained with other shapes of: {', '.join(reshaped)}. Resume with the model that the "
+            "checkpoint was trained from."
+        )
 
 
 @torch.no_grad()
@@ -109,7 +115,7 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
             The checkpoint's folder.
 
     Raises:
-        `ValueError`: If the sidecar does not fit, see [`check_sidecar`], or a tensor in it has another shape.
+        `ValueError`: If the sidecar does not fit, see [`check_sidecar`].
     """
     check_sidecar(folder, state.pattern, state.targets)
     path = Path(folder) / SIDECAR_NAME
@@ -117,14 +123,8 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
     kind, companions = ("anchor", state.anchors) if settings["phase"] == "admm" else ("mask", state.masks)
     with safe_open(path, framework="pt") as file:
         for name, weight in state.weights.items():
-            dense, companion = (file.get_tensor(f"{key}/{name}") for key in ("weight", kind))
-            if dense.shape != weight.shape or companion.shape != weight.shape:
-                raise ValueError(
-                    f"{path} holds {name} with shape {tuple(dense.shape)}, the model has {tuple(weight.shape)}. "
-                    "Resume with the model that the checkpoint was trained from."
-                )
-            weight.copy_(dense)
-            companions[name] = companion.to(weight.device)
+            weight.copy_(file.get_tensor(f"weight/{name}"))
+            companions[name] = file.get_tensor(f"{kind}/{name}").to(weight.device)
     if settings["phase"] == "srste":
         state.anchors = {name: torch.empty_like(weight) for name, weight in state.weights.items()}
     state.phase, state.rho, state.updated_at = settings["phase"], settings["rho"], settings["updated_at"]

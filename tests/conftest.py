@@ -23,7 +23,7 @@ logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are too small to gain from more
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_bert():
     """
     Builds a `BertForSequenceClassification` of 2 layers and width 16: 12 matrices in its encoder, pooler and
@@ -46,7 +46,7 @@ def tiny_bert():
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def tiny_gpt2():
     """
     Builds a `GPT2LMHeadModel` of 2 layers and width 16, whose matrices are `Conv1D` (transposed) and whose head is
@@ -69,7 +69,7 @@ def tiny_gpt2():
     return build
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def token_data():
     """
     Builds a list of `n` examples for the default collator. `labels` is the number of classes, which the first token
