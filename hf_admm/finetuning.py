@@ -14,6 +14,7 @@ from transformers import (
     AutoTokenizer,
     DataCollatorWithPadding,
     EvalPrediction,
+    HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     Trainer,
@@ -186,7 +187,7 @@ class FineTuning:
 
     def _telling_arguments(self) -> dict[str, Any]:
         """The flags of the sparsity, and of the others those that somebody set, but no secret."""
-        defaults = {item.name: item.default for item in fields(TrainingArguments)}
+        defaults = vars(HfArgumentParser(TrainingArguments).parse_args([]))
         hidden = ("output_dir", "hub_token")
         return {
             name: value

