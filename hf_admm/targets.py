@@ -2,6 +2,7 @@
 
 import re
 from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from torch import nn
@@ -14,7 +15,7 @@ from hf_admm.patterns import SparsityPattern
 # runs.
 HEADS = ("classifier", "pooler", "qa_outputs", "score", "lm_head")
 # Routers of a mixture of experts: a few outputs that decide where every token goes.
-ROUTERS = ("router", "gate", "shared_expert_gate")
+ROUTERS = ("router", "gate", "router_gate", "shared_expert_gate")
 
 
 @dataclass(frozen=True)
@@ -111,14 +112,17 @@ def select_targets(
         [`TargetSelection`]: The targets, and the reason for each matrix that is left out.
 
     Raises:
-        `ValueError`: If the model is quantized, if no layer matches, if a name of `include` matches none, or if the
-            pattern does not fit a layer (all of them are named).
+        `ValueError`: If the model is quantized or its base is frozen under adapters, if no layer matches, if a name
+            matches none, or if the pattern does not fit a layer (all of them are named).
     """
     modules = dict(model.named_modules())
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
     _refuse_quantized(model, linear)
+    _refuse_frozen_base(model, linear)
     _check_names(linear, linear, include, "sparsity_include")
-    _check_names(modules, linear, exclude, "sparsity_exclude")
+    # An embedding may be named too, though it stays dense anyway; a block of layers may not, see `matches`.
+    layers = {name for name, module in modules.items() if getattr(module, "weight", None) is not None}
+    _check_names(layers, linear, exclude, "sparsity_exclude")
     owners = Counter(id(parameter) for _, parameter in model.named_parameters(remove_duplicate=False))
     stacks = [f"{name}." for name, module in modules.items() if isinstance(module, nn.ModuleList)]
 
@@ -140,8 +144,8 @@ def select_targets(
         if parameter.dim() < 2:
             continue
         if module not in linear:
-            kind = "embedding" if isinstance(modules.get(module), nn.Embedding) else "not a linear layer"
-            left_out[name] = (tuple(parameter.shape), kind)
+            kind = _kind(name, modules.get(module))
+            left_out[name] = (tuple(parameter.shape), f"tied {kind}" if owners[id(parameter)] > 1 else kind)
         elif reason := reason_to_leave(module):
             left_out[name] = (tuple(parameter.shape), reason)
         else:
@@ -150,7 +154,7 @@ def select_targets(
     selection = TargetSelection(targets, left_out)
     if not targets:
         raise ValueError(_nothing_matched(model, selection, include, exclude))
-    _check_fit(selection, pattern)
+    _check_fit(selection, pattern, exclude)
     return selection
 
 
@@ -160,56 +164,79 @@ def _left_by_default(name: str, stacks: list[str]) -> str | None:
         return "adapter"
     if any(part in HEADS for part in parts):
         return "head"
-    if parts[-1] in ROUTERS:
+    if _is_router(parts):
         return "router"
     if stacks and not any(name.startswith(stack) for stack in stacks):
         return "outside the layers"
     return None
 
 
+def _is_router(parts: list[str]) -> bool:
+    return "router" in parts or parts[-1] in ROUTERS
+
+
+def _kind(name: str, module: nn.Module | None) -> str:
+    """What a matrix that no linear layer holds is."""
+    parts = name.removesuffix(".weight").split(".")
+    if isinstance(module, nn.Embedding):
+        return "embedding"
+    if _is_router(parts):
+        return "router"
+    return "fused experts" if "experts" in parts else "not a linear layer"
+
+
 def _refuse_quantized(model: nn.Module, linear: dict[str, nn.Module]) -> None:
-    integer = [name for name, module in linear.items() if not module.weight.is_floating_point()]
-    if integer or getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
-        which = f" (such as {integer[0]}: {linear[integer[0]].weight.dtype})" if integer else ""
+    weights = {name: module.weight for name, module in linear.items()}
+    narrow = [name for name, weight in weights.items() if not weight.is_floating_point() or weight.element_size() < 2]
+    if narrow or getattr(model, "is_quantized", False) or getattr(model, "quantization_method", None) is not None:
+        which = f" (such as {narrow[0]}: {weights[narrow[0]].dtype})" if narrow else ""
         raise ValueError(
-            f"{type(model).__name__} is quantized{which}, and pruning needs floating-point weights. Load it without a "
-            "quantization_config, prune it, and quantize the sparse checkpoint afterwards."
+            f"{type(model).__name__} is quantized{which}, and pruning needs weights of at least 16 bits. Load it "
+            "without a quantization_config, prune it, and quantize the sparse checkpoint afterwards."
         )
 
 
-def _check_names(known: dict, linear: dict, names: list[str] | str | None, flag: str) -> None:
-    """Every name of a list must match some module: a typo would silently leave a layer dense, or prune it."""
+def _refuse_frozen_base(model: nn.Module, linear: dict[str, nn.Module]) -> None:
+    adapted = hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False)
+    frozen = [name for name, module in linear.items() if not module.weight.requires_grad]
+    if adapted and frozen:
+        raise ValueError(
+            f"The base weights of a PEFT/LoRA model are frozen ({len(frozen)} layers of this {type(model).__name__}, "
+            f"such as {frozen[0]}), and merging adapters later would destroy the zeros. Merge the adapters first "
+            "(`model.merge_and_unload()`) and fine-tune the merged model."
+        )
+
+
+def _check_names(known: Iterable[str], linear: Iterable[str], names: list[str] | str | None, flag: str) -> None:
+    """Every name must match some layer: a typo would silently leave a layer dense, or prune it."""
     if isinstance(names, str):
         try:
             re.compile(names)
         except re.error as error:
             raise ValueError(f"{flag} is not a regular expression: {names!r} ({error}).") from None
-        return
-    unmatched = [suffix for suffix in names or [] if not any(matches(name, [suffix]) for name in known)]
+    each = [names] if isinstance(names, str) else [[suffix] for suffix in names or []]
+    unmatched = [entry for entry in each if not any(matches(name, entry) for name in known)]
     if unmatched:
+        shown = ", ".join(entry if isinstance(entry, str) else entry[0] for entry in unmatched)
         endings = ", ".join(sorted({name.rsplit(".", 1)[-1] for name in linear}))
         raise ValueError(
-            f"{flag} matches no module with: {', '.join(unmatched)}. Give suffixes of module names, or one regular "
-            f"expression. The names of this model's linear layers end in: {endings}."
+            f"{flag} matches no layer with: {shown}. Give suffixes of the names of layers, or one regular expression "
+            f"that matches whole names ('.*encoder.*' for all within a block). The names of this model's linear "
+            f"layers end in: {endings}."
         )
 
 
 def _nothing_matched(model: nn.Module, selection: TargetSelection, include, exclude) -> str:
     counts = Counter(reason for _, reason in selection.left_out.values())
     reasons = ", ".join(f"{count} {reason}" for reason, count in counts.items()) or "it has no matrices"
-    message = (
+    return (
         f"No layer of {type(model).__name__} matched, so nothing would be pruned (sparsity_include={include!r}, "
-        f"sparsity_exclude={exclude!r}; left out: {reasons}). "
+        f"sparsity_exclude={exclude!r}; left out: {reasons}). Name the modules to prune with "
+        "sparsity_include, unfreeze them, or set sparsity_pattern='none'."
     )
-    if hasattr(model, "peft_config") or getattr(model, "_hf_peft_config_loaded", False):
-        return message + (
-            "The base weights of a PEFT/LoRA model are frozen, and merging adapters later would destroy the zeros. "
-            "Merge the adapters first (`model.merge_and_unload()`) and fine-tune the merged model."
-        )
-    return message + "Name the modules to prune with sparsity_include, unfreeze them, or set sparsity_pattern='none'."
 
 
-def _check_fit(selection: TargetSelection, pattern: SparsityPattern) -> None:
+def _check_fit(selection: TargetSelection, pattern: SparsityPattern, exclude: list[str] | str | None) -> None:
     misfits = {}
     for name, target in selection.targets.items():
         out_features, in_features = reversed(target.shape) if target.transposed else target.shape
@@ -217,7 +244,14 @@ def _check_fit(selection: TargetSelection, pattern: SparsityPattern) -> None:
             misfits[name.removesuffix(".weight")] = reason
     if misfits:
         listing = "\n".join(f"  {name}: {reason}" for name, reason in misfits.items())
+        advice = "Choose a pattern that divides them."
+        if len(misfits) < len(selection.targets):
+            # Beside what is excluded already: the flag given again replaces its value.
+            if isinstance(exclude, str):
+                names = f"'{'|'.join([f'({exclude})', *map(re.escape, misfits)])}'"
+            else:
+                names = " ".join([*(exclude or []), *misfits])
+            advice = f"Leave them dense with --sparsity_exclude {names}, or choose a pattern that divides them."
         raise ValueError(
-            f"Pattern {pattern} does not fit {len(misfits)} of {len(selection.targets)} layers:\n{listing}\n"
-            f"Leave them dense with --sparsity_exclude {' '.join(misfits)}, or choose a pattern that divides them."
+            f"Pattern {pattern} does not fit {len(misfits)} of {len(selection.targets)} layers:\n{listing}\n{advice}"
         )
