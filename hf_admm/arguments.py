@@ -2,7 +2,9 @@
 
 import math
 import re
+from contextlib import suppress
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 
 from transformers import TrainingArguments
 
@@ -133,6 +135,10 @@ class ADMMTrainingArguments(TrainingArguments):
         super().__post_init__()
         if isinstance(self.sparsity_pattern, float):
             self.sparsity_pattern = str(self.sparsity_pattern)
+        for name in ("admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"):
+            if isinstance(value := getattr(self, name), str):  # YAML 1.1 reads 1e-3 as one
+                with suppress(ValueError):
+                    setattr(self, name, float(value))
         self.validate_sparsity()
 
     def validate_sparsity(self) -> None:
@@ -158,12 +164,17 @@ class ADMMTrainingArguments(TrainingArguments):
                 raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(allowed)}.")
         for name in ("admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"):
             value = getattr(self, name)
-            if value is not None and not (math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value} is not allowed: give a finite number of at least 0.")
+            if value is None and name == "admm_rho":
+                continue
+            if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
+                raise ValueError(f"{name}={value!r} is not allowed: give a finite number of at least 0.")
         for name in ("admm_update_steps", "mask_update_steps"):
             value = getattr(self, name)
-            if value != int(value) or value < 1:
-                raise ValueError(f"{name}={value} is not allowed: it is an interval, give at least 1 optimizer step.")
+            if not (isinstance(value, Integral) and value >= 1):
+                raise ValueError(
+                    f"{name}={value!r} is not allowed: it is an interval, give a whole number of at least 1 optimizer "
+                    "step."
+                )
         for name in ("admm_steps", "mask_freeze_steps"):
             value = getattr(self, name)
             if value >= 1 and value != int(value):
