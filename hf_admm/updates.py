@@ -18,7 +18,8 @@ def pull(gradient: torch.Tensor, weight: torch.Tensor, anchor: torch.Tensor, str
         strength (`float`):
             The factor.
     """
-    gradient.add_(weight, alpha=strength).sub_(anchor, alpha=strength)
+    # The difference first: in half precision, `strength * weight` would swallow a small gradient.
+    gradient.add_(weight - anchor, alpha=strength)
 
 
 def proximal_step(weight: torch.Tensor, anchor: torch.Tensor, step: float) -> None:
