@@ -20,7 +20,7 @@ DEFAULTS = {
     "admm_steps": 0.6,
     "admm_rho": None,
     "admm_rho_schedule": "constant",
-    "admm_update_steps": 16,
+    "admm_update_steps": 64,
     "admm_penalty": "loss",
     "srste_mask": "dynamic",
     "srste_decay": 2e-4,
@@ -132,7 +132,7 @@ def test_one_word_is_a_regular_expression_if_it_looks_like_one(typed):
 
 
 def test_several_words_are_suffixes(typed):
-    assert typed("--sparsity_include", "query", ".*key").include == ["query", ".*key"]
+    assert typed("--sparsity_include", ".*key", "query").include == [".*key", "query"]
 
 
 def test_a_string_in_yaml_is_a_regular_expression(from_yaml):
