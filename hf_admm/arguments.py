@@ -45,7 +45,7 @@ class ADMMTrainingArguments(TrainingArguments):
             its way. `0` trains phase 1 without a penalty.
         admm_rho_schedule (`str`, *optional*, defaults to `"constant"`):
             How rho grows to `admm_rho` over phase 1: `"constant"`, `"linear"`, `"cosine"` or `"exponential"`.
-        admm_update_steps (`int`, *optional*, defaults to `16`):
+        admm_update_steps (`int`, *optional*, defaults to `64`):
             Optimizer steps between two updates of Z and U.
         admm_penalty (`str`, *optional*, defaults to `"loss"`):
             Where the penalty enters. `"loss"`: its exact gradient joins the gradient of the loss, before clipping.
@@ -101,7 +101,7 @@ class ADMMTrainingArguments(TrainingArguments):
         metadata={"help": "How rho grows to admm_rho over phase 1: 'constant', 'linear', 'cosine' or 'exponential'."},
     )
     admm_update_steps: int = field(
-        default=16, metadata={"help": "Optimizer steps between two updates of Z and U in phase 1."}
+        default=64, metadata={"help": "Optimizer steps between two updates of Z and U in phase 1."}
     )
     admm_penalty: str = field(
         default="loss",

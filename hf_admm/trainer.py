@@ -49,7 +49,7 @@ class ADMMTrainerMixin:
             )
         self.sparsity = ADMMState()
         self.audit: AuditReport | None = None
-        if model is not None and args.is_sparse:
+        if isinstance(model, nn.Module) and args.is_sparse:  # some trainers take the name of a model
             # Before Trainer touches the model, so that bad input is refused with the model as it was.
             select_targets(model, args.pattern, args.include, args.exclude)
         super().__init__(model, args, *positional, **kwargs)
@@ -66,7 +66,6 @@ class ADMMTrainerMixin:
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [ADMMCallback(self.sparsity), SRSTECallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
-
         if self.model_accepts_loss_kwargs and returns_plain_mean(self.accelerator.unwrap_model(self.model)):
             # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
             self.model_accepts_loss_kwargs = False
