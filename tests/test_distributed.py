@@ -16,7 +16,9 @@ WORKER = Path(__file__).with_name("ddp_worker.py")
 
 def run(processes, folder, *arguments):
     folder.mkdir()
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    launcher = (
+        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
+    )
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
     command = [sys.executable, *launcher, str(WORKER), str(folder), *arguments]
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)

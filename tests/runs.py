@@ -1,0 +1,49 @@
+"""Short training runs for the tests of the trainer."""
+
+from transformers import TrainerCallback
+
+from hf_admm import ADMMTrainer, ADMMTrainingArguments
+
+
+STEPS = 12
+NO_DROPOUT = {
+    "tiny_bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
+    "tiny_gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+}
+
+
+def train(model, data, folder, trainer_class=ADMMTrainer, callbacks=None, **flags):
+    settings = {
+        "max_steps": STEPS,
+        "per_device_train_batch_size": 8,
+        "learning_rate": 1e-3,
+        "admm_steps": 6,
+        "admm_update_steps": 2,
+        "admm_rho": 0.1,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "report_to": "none",
+        "disable_tqdm": True,
+        "use_cpu": True,
+        **flags,
+    }
+    args = ADMMTrainingArguments(output_dir=str(folder), **settings)
+    trainer = trainer_class(model=model, args=args, train_dataset=data, eval_dataset=data[:16], callbacks=callbacks)
+    trainer.train()
+    return trainer
+
+
+def weights(model):
+    return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def gradients(model):
+    return {name: parameter.grad.clone() for name, parameter in model.named_parameters()}
+
+
+class Recorder(TrainerCallback):
+    """Copies of what a run looks like from the inside, taken at one event."""
+
+    def __init__(self, event, take):
+        self.seen = []
+        setattr(self, event, lambda args, state, control, **kwargs: self.seen.append(take(state, **kwargs)))
