@@ -1,9 +1,13 @@
 """Phase 1: when the penalty pulls and when Z and U are updated."""
 
 from transformers import TrainerCallback
+from transformers.utils import logging
 
 from hf_admm.state import ADMMState
 from hf_admm.targets import select_targets
+
+
+logger = logging.get_logger(__name__)
 
 
 class ADMMCallback(TrainerCallback):
@@ -37,6 +41,11 @@ class ADMMCallback(TrainerCallback):
         selection = select_targets(model, args.pattern, args.include, args.exclude)
         self.state.reset(model, args.pattern, selection.targets)
         if plan.admm_steps:
+            if args.rho and plan.admm_steps <= args.admm_update_steps:
+                logger.warning(
+                    f"Phase 1 has {plan.admm_steps} steps and Z and U are updated every {args.admm_update_steps}: "
+                    "never. Lower admm_update_steps, or train longer."
+                )
             self.state.start_admm(plan.rho(args.rho, args.admm_rho_schedule, 0))
         else:
             self.state.start_srste(0)

@@ -105,3 +105,8 @@ def test_the_learning_rate_has_a_segment_for_each_phase(kind, tiny_bert, token_d
     assert rates[12] == 1e-3  # phase 2 starts again from the peak
     if kind != "constant_with_warmup":
         assert rates[11] < 2e-4 and rates[19] < 3e-4 and rates[13] < rates[12]
+
+
+def test_a_phase_1_without_any_update_is_not_silent(tiny_bert, token_data, tmp_path, caplog):
+    train(tiny_bert(), token_data(), tmp_path, admm_update_steps=6)
+    assert "Z and U are updated every 6: never" in caplog.text
