@@ -108,6 +108,8 @@ def _defaults() -> dict[str, Any]:
     defaults = {
         **DEFAULTS,
         "output_dir": os.path.join("runs", "quickstart"),
+        # So few steps need large ones: a weight moves by about the learning rate in each.
+        "learning_rate": 3e-4,
         "num_train_epochs": 2,
         "train_sampling_strategy": "group_by_length",
         "logging_steps": 100,
