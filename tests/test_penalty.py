@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_admm.projections import project
-from runs import NO_DROPOUT, STEPS, Recorder, gradients, train, weights
+from tiny_runs import NO_DROPOUT, STEPS, Recorder, gradients, train, weights
 
 
 def oracle_gradients(model, batch, anchors, rho):

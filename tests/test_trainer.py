@@ -9,7 +9,7 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArgum
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.patterns import parse_pattern
 from hf_admm.projections import broken_groups
-from runs import NO_DROPOUT, STEPS, Recorder, train, weights
+from tiny_runs import NO_DROPOUT, STEPS, Recorder, train, weights
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "4x4:8", "0.5"])
