@@ -141,12 +141,12 @@ def test_dense_baseline_is_the_run_that_pattern_none_gives(glue):
     assert results["sparsity"] == 0 and list(results["seconds"]) == ["dense", "total"]
 
 
-def test_sparse_and_dense_start_from_the_same_head(model_dir):
+def test_sparse_and_dense_start_from_the_same_head(model_dir, tmp_path):
     fine_tuning = FineTuning(task=_task(), model_name_or_path=model_dir, arguments={})
     tokenized, tokenizer = fine_tuning._tokenized()
     heads = []
     for pattern in ("2:4", "none"):
-        arguments = {"output_dir": "unused", "sparsity_pattern": pattern, "use_cpu": True, "report_to": "none"}
+        arguments = {"output_dir": str(tmp_path), "sparsity_pattern": pattern, "use_cpu": True, "report_to": "none"}
         trainer = FineTuning(_task(), model_dir, arguments)
         trainer = trainer._trainer(trainer._training_arguments(), tokenized, tokenizer)
         heads.append(trainer.model.classifier.weight)
