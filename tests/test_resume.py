@@ -11,27 +11,11 @@ from transformers import AutoModelForSequenceClassification, Trainer, TrainingAr
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, audit_checkpoint
 from hf_admm.projections import broken_groups
 from hf_admm.sidecar import SIDECAR_NAME
-
-
-STEPS = 12
+from tiny_runs import SETTINGS, STEPS
 
 
 def build(model, data, folder, **flags):
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "admm_steps": 6,
-        "admm_update_steps": 2,
-        "admm_rho": 0.1,
-        "logging_steps": 1,
-        "save_steps": 1,
-        "save_total_limit": 20,
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **flags,
-    }
+    settings = {**SETTINGS, "save_steps": 1, "save_total_limit": 20, **flags}
     args = ADMMTrainingArguments(output_dir=str(folder), **settings)
 
     def accuracy(prediction):

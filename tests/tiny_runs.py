@@ -10,23 +10,23 @@ NO_DROPOUT = {
     "tiny_bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
     "tiny_gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
 }
+# Both phases in a few steps, with two updates of Z and U.
+SETTINGS = {
+    "max_steps": STEPS,
+    "per_device_train_batch_size": 8,
+    "learning_rate": 1e-3,
+    "admm_steps": 6,
+    "admm_update_steps": 2,
+    "admm_rho": 0.1,
+    "logging_steps": 1,
+    "report_to": "none",
+    "disable_tqdm": True,
+    "use_cpu": True,
+}
 
 
 def train(model, data, folder, trainer_class=ADMMTrainer, callbacks=None, **flags):
-    settings = {
-        "max_steps": STEPS,
-        "per_device_train_batch_size": 8,
-        "learning_rate": 1e-3,
-        "admm_steps": 6,
-        "admm_update_steps": 2,
-        "admm_rho": 0.1,
-        "logging_steps": 1,
-        "save_strategy": "no",
-        "report_to": "none",
-        "disable_tqdm": True,
-        "use_cpu": True,
-        **flags,
-    }
+    settings = {**SETTINGS, "save_strategy": "no", **flags}
     args = ADMMTrainingArguments(output_dir=str(folder), **settings)
     trainer = trainer_class(model=model, args=args, train_dataset=data, eval_dataset=data[:16], callbacks=callbacks)
     trainer.train()
