@@ -64,6 +64,7 @@ class ADMMCallback(TrainerCallback):
         plan = args.phase_plan(state.max_steps)
         if step < plan.admm_steps:
             self.state.update_dual(step, plan.rho(args.rho, args.admm_rho_schedule, step))
+            self.state.check_replicas()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.state.phase == "admm" and args.admm_penalty == "gradient":
