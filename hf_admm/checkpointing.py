@@ -9,7 +9,8 @@ from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.utils import logging
 
-from hf_admm.checkpoint_files import RECORD_NAME, RECORD_VERSION, read_names
+from hf_admm.checkpoint_files import RECORD_NAME, RECORD_VERSION
+from hf_admm.saved_names import load_renamed, saved_names
 from hf_admm.sidecar import check_sidecar, load_sidecar, save_sidecar
 from hf_admm.staging import STAGING_NAME, checkpoint_name, clean_up, publish, rotate
 from hf_admm.version import __version__
@@ -93,17 +94,13 @@ class SparseCheckpointsMixin:
 
     def _save_record(self, folder: Path) -> None:
         """What `hf-admm verify` checks against; nothing needs it to load the model."""
-        # A few families are saved under other keys than their parameters have; verify judges those by their zeros.
-        saved = read_names(folder)
+        # The few that are saved fused with others are left to verify, which judges them by their zeros.
+        keys = saved_names(self.accelerator.unwrap_model(self.model), self.sparsity.weights, folder)
         record = {
             "format_version": RECORD_VERSION,
             "hf_admm_version": __version__,
             "pattern": str(self.sparsity.pattern),
-            "targets": {
-                name: {"transposed": target.transposed}
-                for name, target in self.sparsity.targets.items()
-                if name in saved
-            },
+            "targets": {key: {"transposed": self.sparsity.targets[name].transposed} for name, key in keys.items()},
         }
         temporary = folder / f"{RECORD_NAME}.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n")
@@ -121,7 +118,8 @@ class SparseCheckpointsMixin:
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         targets = self.select_targets().targets if self.args.is_sparse else {}
         check_sidecar(resume_from_checkpoint, self.args.pattern, targets)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
+        if not self._load_renamed(resume_from_checkpoint):
+            super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
@@ -129,10 +127,16 @@ class SparseCheckpointsMixin:
             self.sparsity.reset(self.model, self.args.pattern, self.select_targets().targets)
             load_sidecar(self.sparsity, checkpoint)
 
+    def _load_renamed(self, checkpoint: str) -> bool:
+        # A dense run is plain Trainer, bit for bit. FSDP loads a file of its own, under the parameters' names.
+        sparse = self.args.is_sparse and not self.is_fsdp_enabled
+        return sparse and load_renamed(self.accelerator.unwrap_model(self.model), checkpoint)
+
     def _load_best_model(self) -> None:
         # Its weights are sparse already, with a mask of their own.
         self.sparsity.unmask_weights()
-        super()._load_best_model()
+        if not self._load_renamed(self.state.best_model_checkpoint):
+            super()._load_best_model()
         if self.sparsity.phase in ("admm", "srste"):
             self.sparsity.phase = "sparse"
         best = Path(self.state.best_model_checkpoint)
