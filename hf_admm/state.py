@@ -47,6 +47,7 @@ class ADMMState:
         self.masks: dict[str, torch.Tensor] = {}
         self.rho = 0.0
         self.updated_at = 0
+        self.loss_scale = 1.0  # of the step that is being taken, above 1 in fp16
         self.masked = False
         self.resumed = False
         self.figures: dict[str, float | torch.Tensor] = {}  # tensors are read when logged: no wait for the device
