@@ -1,4 +1,4 @@
-.PHONY: quality style test quickstart clean
+.PHONY: quality style test fuzz quickstart clean
 
 PYTHON ?= python
 
@@ -14,10 +14,14 @@ style:
 test:
 	$(PYTHON) -m pytest
 
+# New random examples each time, fifty times as many as `make test` draws.
+fuzz:
+	$(PYTHON) -m pytest --hypothesis-profile thorough tests/test_fuzz_*.py
+
 quickstart:
 	$(PYTHON) -m hf_admm.cli quickstart
 
 # setuptools puts what it finds in build/ into the next wheel, files since deleted included.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hf_admm callbacks configs tests -name __pycache__ -prune -exec rm -rf {} +
