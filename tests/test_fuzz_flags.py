@@ -83,7 +83,9 @@ def assert_sensible(args, max_steps):
     assert args.is_sparse == (args.sparsity_pattern.strip().lower() != "none")
     assert not args.is_sparse or parse_pattern(str(args.pattern)) == args.pattern
     assert math.isfinite(args.rho) and args.rho >= 0 and math.isfinite(args.srste_decay) and args.srste_decay >= 0
-    assert args.admm_update_steps >= 1 and args.mask_update_steps >= 1 and 0 % args.mask_update_steps == 0
+    assert 1 <= args.admm_update_steps < 2**63 and 1 <= args.mask_update_steps < 2**63
+    numbers = (args.admm_rho, args.srste_decay, args.admm_steps, args.mask_freeze_steps, args.admm_update_steps)
+    assert not any(isinstance(number, bool) for number in (*numbers, args.mask_update_steps))
     for names in (args.include, args.exclude):
         assert names is None or isinstance(names, str) or all(isinstance(name, str) for name in names)
     try:

@@ -5,7 +5,7 @@ from fractions import Fraction
 
 import pytest
 import torch
-from hypothesis import assume, given
+from hypothesis import assume, example, given
 from hypothesis import strategies as st
 
 from hf_admm.patterns import ALLOWED_PATTERNS, BlockPattern, DensityPattern, NMPattern, parse_pattern
@@ -272,6 +272,7 @@ FLOATS = st.floats().map(repr) | st.sampled_from(
 
 
 @given(st.text() | st.text("0123456789:x.eE+-_ naif", max_size=12) | NEARLY | FLOATS)
+@example("1" * 5000 + ":4")
 def test_any_text_parses_or_is_refused_with_the_allowed_forms(text):
     try:
         pattern = parse_pattern(text)
