@@ -113,6 +113,10 @@ def test_packed_numbers_are_refused(checkpoint, name, shape):
     assert audit(folder, f"{name} in {folder} is of dtype torch.float4_e2m1fn_x2, which packs two numbers") is None
 
 
+HALF_A_PAIR = b'{"format_version": 1, "pattern": "2:4", "targets": {"\\ud800": {"transposed": true}}}'
+
+
+@example(HALF_A_PAIR)
 @given(JSON.map(json.dumps).map(str.encode) | st.binary() | st.sampled_from([b"[" * 100_000, b"1" * 5000, b'"\xff"']))
 def test_any_record_is_refused_by_name(checkpoint, content):
     folder = reset(checkpoint)

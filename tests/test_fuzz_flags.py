@@ -139,6 +139,7 @@ def test_anything_in_any_combination(folder, flags, max_steps):
 @example(value=10**5000)
 @example(value=-(10**5000))
 @example(value=Fraction(7, 2))
+@example(value=["a{99999999999}"])
 def test_one_flag_alone_is_named_if_it_is_refused(folder, name, value):
     build_or_refuse(folder, 20, {name: value})
 
