@@ -1,4 +1,4 @@
-.PHONY: quality style test kill quickstart clean
+.PHONY: quality style test kill fuzz quickstart clean
 
 PYTHON ?= python
 
@@ -18,10 +18,14 @@ test:
 kill:
 	HF_ADMM_KILLS=300 $(PYTHON) -m pytest tests/test_kill.py
 
+# New random examples each time, fifty times as many as `make test` draws.
+fuzz:
+	$(PYTHON) -m pytest --hypothesis-profile thorough tests/test_fuzz_*.py
+
 quickstart:
 	$(PYTHON) -m hf_admm.cli quickstart
 
 # setuptools puts what it finds in build/ into the next wheel, files since deleted included.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache
+	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hf_admm callbacks configs tests -name __pycache__ -prune -exec rm -rf {} +

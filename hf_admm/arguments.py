@@ -1,6 +1,5 @@
 """The flags of sparse fine-tuning."""
 
-import math
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -15,6 +14,11 @@ from hf_admm.schedules import RHO_SCHEDULES, PhasePlan, to_steps
 # Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
 DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
 MASK_MODES = ("dynamic", "fixed")
+
+# Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
+# from a smaller rho starts at 0, which nothing can be divided by.
+_LEAST_RHO, _MOST = 1e-30, 1e30
+_LONGEST = 2**63 - 1
 
 
 @dataclass
@@ -151,8 +155,8 @@ class ADMMTrainingArguments(TrainingArguments):
         """
         if not isinstance(self.sparsity_pattern, str):
             raise ValueError(
-                f"sparsity_pattern={self.sparsity_pattern!r} is not a string. YAML reads an unquoted 2:4 as a number "
-                'in base 60: write "2:4" in quotes.'
+                f"sparsity_pattern={_shown(self.sparsity_pattern)} is not a string. YAML reads an unquoted 2:4 as a "
+                'number in base 60: write "2:4" in quotes.'
             )
         self.pattern  # noqa: B018  (parsing it is the check)
         for name, allowed in (
@@ -160,20 +164,25 @@ class ADMMTrainingArguments(TrainingArguments):
             ("admm_penalty", tuple(DEFAULT_RHO)),
             ("srste_mask", MASK_MODES),
         ):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown. Allowed: {', '.join(allowed)}.")
+            value = getattr(self, name)
+            if not (isinstance(value, str) and value in allowed):
+                raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
         for name in ("admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"):
             value = getattr(self, name)
             if value is None and name == "admm_rho":
                 continue
-            if not (isinstance(value, Real) and math.isfinite(value) and value >= 0):
-                raise ValueError(f"{name}={value!r} is not allowed: give a finite number of at least 0.")
+            least = _LEAST_RHO if name == "admm_rho" else 0
+            if not (_is(Real, value) and (value == 0 or least <= value <= _MOST)):
+                raise ValueError(
+                    f"{name}={_shown(value)} is not allowed: give a finite number of at least 0 (if it is not 0, from "
+                    f"{least:g} to {_MOST:g})."
+                )
         for name in ("admm_update_steps", "mask_update_steps"):
             value = getattr(self, name)
-            if not (isinstance(value, Integral) and value >= 1):
+            if not (_is(Integral, value) and 1 <= value <= _LONGEST):
                 raise ValueError(
-                    f"{name}={value!r} is not allowed: it is an interval, give a whole number of at least 1 optimizer "
-                    "step."
+                    f"{name}={_shown(value)} is not allowed: it is an interval, give a whole number of at least 1 "
+                    f"optimizer step (and at most {_LONGEST})."
                 )
         for name in ("admm_steps", "mask_freeze_steps"):
             value = getattr(self, name)
@@ -181,13 +190,21 @@ class ADMMTrainingArguments(TrainingArguments):
                 raise ValueError(
                     f"{name}={value} is neither a share of the run (below 1) nor a whole number of optimizer steps."
                 )
+        for name in ("sparsity_include", "sparsity_exclude"):
+            value = getattr(self, name)
+            names = value if isinstance(value, list | tuple) else [] if value is None else [value]
+            if not all(isinstance(entry, str) for entry in names):
+                raise ValueError(
+                    f"{name}={_shown(value)} is not allowed: give names of modules as strings, in a list, or one "
+                    "regular expression."
+                )
         if self.is_sparse and self.max_steps > 0:
             self.phase_plan(self.max_steps)
 
     @property
     def is_sparse(self) -> bool:
         """Whether anything is pruned, that is `sparsity_pattern` is not `"none"`."""
-        return str(self.sparsity_pattern).strip().lower() != "none"
+        return not (isinstance(self.sparsity_pattern, str) and self.sparsity_pattern.strip().lower() == "none")
 
     # Derived values are properties: a hyperparameter search changes the fields after `__post_init__`.
     @property
@@ -223,6 +240,19 @@ class ADMMTrainingArguments(TrainingArguments):
         return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
 
 
+def _is(kind: type, value) -> bool:
+    """A yes or no is no number, though Python counts with it."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _shown(value) -> str:
+    """`repr`, which refuses integers of thousands of digits with an error that names no flag."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} with too many digits to show"
+
+
 def unsupported_backend(name: str) -> str:
     """The message for a backend that sparse training does not support."""
     return (
@@ -234,6 +264,6 @@ def unsupported_backend(name: str) -> str:
 
 def _as_names(value: list[str] | str | None) -> list[str] | str | None:
     """The command line passes a regular expression as a list of one; a suffix has none of these characters."""
-    if isinstance(value, list) and len(value) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", value[0]):
+    if isinstance(value, list | tuple) and len(value) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", value[0]):
         return value[0]
     return value

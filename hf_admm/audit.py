@@ -25,6 +25,7 @@ from hf_admm.projections import broken_groups
 
 DEFAULT_PATTERN = "2:4"
 
+_PACKED = getattr(torch, "float4_e2m1fn_x2", "not in this version of torch")
 _SPARSE = ("ok", "broken")
 _FAILED = ("broken", "misfit", "missing")
 
@@ -212,9 +213,16 @@ def audit_checkpoint(path: str | Path, pattern: SparsityPattern | str | None = N
     weights, present = [], set()
     for name, tensor in read_tensors(path):
         present.add(name)
+        if name not in targets and not (tensor.dim() == 2 and tensor.is_floating_point()):
+            continue
+        if tensor.dtype == _PACKED:
+            raise ValueError(
+                f"{name} in {path} is of dtype {tensor.dtype}, which packs two numbers into a byte, so that its zeros "
+                "can't be counted. Audit the checkpoint that it was quantized from."
+            )
         if name in targets:
             weights.append(_audit_target(name, tensor, targets[name], pattern))
-        elif tensor.dim() == 2 and tensor.is_floating_point():
+        else:
             weights.append(_audit_unknown(name, tensor, pattern))
     weights += [WeightAudit(name, (), "missing") for name in targets if name not in present]
     return AuditReport(str(pattern), weights)

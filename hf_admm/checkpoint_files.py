@@ -9,11 +9,16 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_admm.patterns import parse_pattern
+
 
 WEIGHTS_NAME = "model.safetensors"
 INDEX_NAME = "model.safetensors.index.json"
 RECORD_NAME = "hf_admm.json"
 RECORD_VERSION = 1
+
+# What reading a file and taking its JSON apart may raise. Deep nesting exhausts the stack of the parser.
+_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -56,9 +61,13 @@ def read_record(path: Path) -> SparsityRecord | None:
         content = json.loads(file.read_text(encoding="utf-8"))
         version = content["format_version"]
         if version == RECORD_VERSION:
-            targets = {name: bool(target["transposed"]) for name, target in content["targets"].items()}
-            return SparsityRecord(str(content["pattern"]), targets)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+            targets = {name: target["transposed"] for name, target in content["targets"].items()}
+            for name, transposed in targets.items():
+                name.encode()  # half a surrogate pair is legal JSON, and can't be printed
+                if type(transposed) is not bool:
+                    raise TypeError(f"'transposed' of {name} is {transposed!r}, neither true nor false")
+            return SparsityRecord(str(parse_pattern(content["pattern"])), targets)
+    except _UNREADABLE as error:
         raise ValueError(
             f"The sparsity record {file} is damaged ({type(error).__name__}: {error}). Restore it, or remove it to "
             "audit the weights without a record."
@@ -148,10 +157,13 @@ def _shards(index: Path) -> dict[Path, list[str] | None]:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
         shards: dict[Path, list[str] | None] = {}
         for name, shard in weight_map.items():
+            if not shard or Path(shard).name != shard:  # loading such an index would read any file of the machine
+                raise ValueError(f"{shard!r}, the file of {name}, is not the plain name of a file beside it")
             shards.setdefault(index.parent / shard, []).append(name)
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        missing = [shard.name for shard in shards if not shard.is_file()]
+    except _UNREADABLE as error:
         raise ValueError(f"The index {index} is damaged ({type(error).__name__}: {error}). Save it again.") from error
-    if missing := [shard.name for shard in shards if not shard.is_file()]:
+    if missing:
         raise ValueError(
             f"The index {index} names shards that are not there: {', '.join(missing)}. Copy them beside it."
         )

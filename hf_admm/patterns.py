@@ -20,6 +20,10 @@ ALLOWED_PATTERNS = (
 )
 
 
+# No dimension is longer, and int() refuses thousands of digits with an error of its own.
+_NUMBER = r"([0-9]{1,18})"
+
+
 def _invalid(given: str, reason: str) -> ValueError:
     return ValueError(f"Invalid sparsity pattern {given!r}: {reason}. Allowed: {ALLOWED_PATTERNS}.")
 
@@ -138,8 +142,8 @@ class DensityPattern:
         return repr(self.density)
 
     def kept_of(self, size: int) -> int:
-        """Entries kept in a weight of `size` entries: the rounded share, at least one."""
-        return max(1, round(self.density * size))
+        """Entries kept in a weight of `size` entries: the rounded share, at least one if there are any."""
+        return min(size, max(1, round(self.density * size)))
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """`None`: a density fits every shape."""
@@ -164,9 +168,9 @@ def parse_pattern(text: str) -> SparsityPattern:
         `ValueError`: If the string has none of the three forms, or its numbers are out of range.
     """
     stripped = str(text).strip()
-    if match := re.fullmatch(r"(\d+):(\d+)", stripped):
+    if match := re.fullmatch(f"{_NUMBER}:{_NUMBER}", stripped):
         return NMPattern(*map(int, match.groups()))
-    if match := re.fullmatch(r"(\d+)x(\d+):(\d+)", stripped):
+    if match := re.fullmatch(f"{_NUMBER}x{_NUMBER}:{_NUMBER}", stripped):
         return BlockPattern(*map(int, match.groups()))
     try:
         density = float(stripped)

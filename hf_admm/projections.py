@@ -4,6 +4,9 @@ The set is not convex, yet its Euclidean projection is exact: keep the largest m
 Every function takes a weight as `(out_features, in_features)`; pass `transposed=True` for a weight stored the other
 way round, as GPT-2's `Conv1D` does. Ties are broken by position (the first entry of a group wins), so a mask keeps
 exactly as many entries as the pattern says and is the same on every device and every process.
+
+Values that are no numbers have a defined place: infinities count as larger than every number, and NaN as larger still.
+So a mask keeps as many entries as ever, and a NaN in a weight is kept rather than hidden by a zero.
 """
 
 import torch
@@ -19,7 +22,7 @@ _SAME_SIZE_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.in
 
 def magnitude_keys(tensor: torch.Tensor) -> torch.Tensor:
     """
-    Integers that order the entries of a tensor by magnitude.
+    Integers that order the entries of a tensor by magnitude, comparable within that tensor alone.
 
     The bits of an IEEE number without its sign grow with its magnitude, so comparing them as integers is exact in
     every dtype and total: infinities come above finite numbers and NaN above infinities, where comparisons of floats
@@ -30,12 +33,16 @@ def magnitude_keys(tensor: torch.Tensor) -> torch.Tensor:
             Any real tensor.
 
     Returns:
-        `torch.Tensor`: Non-negative integers of the same shape.
+        `torch.Tensor`: Integers of the same shape.
+
+    Raises:
+        `ValueError`: If the tensor is complex.
     """
     if tensor.is_complex():
         raise ValueError(f"Magnitudes are compared for real tensors only, got dtype {tensor.dtype}.")
     if not tensor.is_floating_point():
-        return tensor.long().abs()
+        integers = tensor.long()
+        return torch.where(integers < 0, ~integers, integers - 1)  # |x| - 1: the lowest int64 has no |x|
     integer = _SAME_SIZE_INTEGER[tensor.element_size()]
     return tensor.contiguous().view(integer) & torch.iinfo(integer).max
 
@@ -78,7 +85,7 @@ def from_groups(
     """The inverse of [`to_groups`]: a tensor of `shape`, as the weight is stored."""
     rows, columns = reversed(shape) if transposed else shape
     if isinstance(pattern, BlockPattern):
-        blocks = groups.view(rows // pattern.rows, columns // pattern.columns, pattern.rows, pattern.columns)
+        blocks = groups.reshape(rows // pattern.rows, columns // pattern.columns, pattern.rows, pattern.columns)
         groups = blocks.transpose(1, 2)
     matrix = groups.reshape(rows, columns)
     return matrix.t().contiguous() if transposed else matrix
@@ -92,7 +99,7 @@ def kept_per_group(pattern: SparsityPattern, group_size: int) -> int:
 def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = False) -> torch.Tensor:
     """
     The entries that the projection on the pattern keeps: the largest magnitudes of each group, exactly as many as the
-    pattern says, also under ties and in groups of zeros.
+    pattern says, also under ties, in groups of zeros, and with infinities (above numbers) and NaN (above infinities).
 
     Args:
         tensor (`torch.Tensor` of shape `(out_features, in_features)`):
@@ -109,6 +116,8 @@ def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
         `ValueError`: If the pattern does not fit the shape.
     """
     keys = to_groups(magnitude_keys(tensor.detach()), pattern, transposed)
+    if not keys.numel():
+        return torch.zeros_like(tensor, dtype=torch.bool)
     kept = kept_per_group(pattern, keys.shape[1])
     select = _mask_by_comparisons if keys.shape[1] <= _LARGEST_NETWORK else _mask_by_threshold
     return from_groups(select(keys, kept), pattern, tensor.shape, transposed)
@@ -147,7 +156,8 @@ def project(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = F
             Whether the input dimension comes first.
 
     Returns:
-        `torch.Tensor` of the shape and dtype of `tensor`, the nearest one that obeys the pattern.
+        `torch.Tensor` of the shape and dtype of `tensor`, the nearest one that obeys the pattern. Distance has no
+        meaning under NaN and infinities: there it is what [`sparsity_mask`] keeps.
 
     Raises:
         `ValueError`: If the pattern does not fit the shape.

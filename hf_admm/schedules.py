@@ -70,8 +70,8 @@ def to_steps(name: str, value: float, max_steps: int) -> int:
     steps = round(value * max_steps) if value < 1 else int(value)
     if steps > max_steps:
         raise ValueError(
-            f"{name}={value:g} is beyond the run, which has {max_steps} optimizer steps. Give a share of the run "
-            f"(below 1), at most {max_steps} steps, or train longer (num_train_epochs, max_steps)."
+            f"{name}={float(value):g} is beyond the run, which has {max_steps} optimizer steps. Give a share of the "
+            f"run (below 1), at most {max_steps} steps, or train longer (num_train_epochs, max_steps)."
         )
     return steps
 

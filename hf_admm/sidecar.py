@@ -2,11 +2,14 @@
 
 `model.safetensors` beside it holds the sparse weights, so any checkpoint loads anywhere; only a resume reads this
 file. It is one safetensors file whose header carries the settings, written to a temporary name and renamed: it is
-either whole or not there.
+either whole or not there. A checksum over all of it tells a flipped bit, which would be trained on in silence.
 """
 
 import json
 import os
+import zlib
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -15,6 +18,7 @@ from safetensors.torch import save_file
 from torch.distributed.tensor import DTensor
 
 from hf_admm.patterns import SparsityPattern
+from hf_admm.projections import kept_per_group, to_groups
 from hf_admm.shards import gather, scatter
 from hf_admm.state import ADMMState
 from hf_admm.targets import Target
@@ -22,6 +26,18 @@ from hf_admm.targets import Target
 
 SIDECAR_NAME = "admm_state.safetensors"
 FORMAT_VERSION = 1
+
+# Each setting with what it may be. Figures are floats as JSON has them, NaN included.
+_SETTINGS = {
+    "pattern": lambda value: type(value) is str,
+    "phase": lambda value: value in ("admm", "srste"),
+    "rho": lambda value: type(value) in (int, float) and 0 <= value <= 1e30,
+    "updated_at": lambda value: type(value) is int and value >= 0,
+    "figures": lambda value: type(value) is dict and all(type(figure) is float for figure in value.values()),
+    "targets": lambda value: type(value) is dict and all(map(_is_shape, value.values())),
+}
+# As safetensors names them: weights are of any precision that is trained in, their companions of one dtype.
+_DTYPES = {"weight": ("F64", "F32", "F16", "BF16"), "anchor": ("F32",), "mask": ("BOOL",)}
 
 
 def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True) -> None:
@@ -58,7 +74,8 @@ def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True
     }
     path = Path(folder) / SIDECAR_NAME
     temporary = path.with_suffix(".tmp")
-    save_file(tensors, temporary, metadata={"hf_admm": json.dumps(settings)})
+    text = json.dumps(settings)
+    save_file(tensors, temporary, metadata={"hf_admm": text, "crc32": _checksum(text, sorted(tensors.items()))})
     os.replace(temporary, path)
 
 
@@ -75,7 +92,7 @@ def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, ta
             The targets of this run.
 
     Raises:
-        `ValueError`: If the sidecar is missing or unreadable, or its pattern, targets or their shapes differ.
+        `ValueError`: If the sidecar is missing or damaged, or its pattern, targets or their shapes differ.
     """
     path = Path(folder) / SIDECAR_NAME
     if pattern is None:
@@ -111,6 +128,7 @@ def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, ta
             f"{folder} was trained with other shapes of: {', '.join(reshaped)}. Resume with the model that the "
             "checkpoint was trained from."
         )
+    _check_tensors(path, settings)
 
 
 @torch.no_grad()
@@ -125,17 +143,20 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
             The checkpoint's folder.
 
     Raises:
-        `ValueError`: If the sidecar does not fit, see [`check_sidecar`].
+        `ValueError`: If the sidecar does not fit, see [`check_sidecar`], or its values are damaged or not finite. The
+            model and the state are then as they were.
     """
     check_sidecar(folder, state.pattern, state.targets)
     path = Path(folder) / SIDECAR_NAME
     settings = _settings(path)
     kind, companions = ("anchor", state.anchors) if settings["phase"] == "admm" else ("mask", state.masks)
-    with safe_open(path, framework="pt") as file:
+    with _open(path) as file:
+        _check_values(path, file, state)
         for name, part in state.local_weights():
             weight = state.weights[name]
             part.copy_(scatter(file.get_tensor(f"weight/{name}").to(part.device), weight))
-            companions[name] = scatter(file.get_tensor(f"{kind}/{name}").to(part.device), weight)
+            # A copy: what safetensors gives on a CPU is the file itself, mapped, and would change with it.
+            companions[name] = scatter(file.get_tensor(f"{kind}/{name}").to(part.device, copy=True), weight)
     if settings["phase"] == "srste":
         state.anchors = {name: torch.empty_like(part) for name, part in state.local_weights()}
     state.phase, state.rho, state.updated_at = settings["phase"], settings["rho"], settings["updated_at"]
@@ -144,18 +165,88 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
 
 
 def _settings(path: Path) -> dict:
+    with _open(path) as file:
+        metadata = file.metadata() or {}
+    try:
+        settings = json.loads(metadata["hf_admm"])
+        version = settings["format_version"]
+    except (KeyError, TypeError, ValueError, RecursionError) as error:
+        raise _damaged(path, error) from None
+    if version != FORMAT_VERSION:
+        raise ValueError(
+            f"{path} has format version {version!r}, this release reads {FORMAT_VERSION}. Resume with the release "
+            "that wrote it."
+        )
+    if wrong := [name for name, valid in _SETTINGS.items() if not valid(settings.get(name))]:
+        raise _damaged(path, f"wrong or missing: {', '.join(wrong)}")
+    return settings
+
+
+def _is_shape(value) -> bool:
+    return type(value) is list and len(value) == 2 and all(type(side) is int for side in value)
+
+
+def _check_tensors(path: Path, settings: dict) -> None:
+    """Whether every target has its tensors, of the right shape and dtype, and nothing else is there."""
+    kinds = ("weight", "anchor" if settings["phase"] == "admm" else "mask")
+    expected = {f"{kind}/{name}": (kind, shape) for kind in kinds for name, shape in settings["targets"].items()}
+    with _open(path) as file:
+        keys = set(file.keys())
+        wrong = keys ^ expected.keys()
+        for key in keys & expected.keys():
+            kind, shape = expected[key]
+            header = file.get_slice(key)
+            if header.get_dtype() not in _DTYPES[kind] or list(header.get_shape()) != shape:
+                wrong.add(key)
+    if wrong:
+        raise _damaged(
+            path, f"tensors missing, not expected, or of a wrong shape or dtype: {', '.join(sorted(wrong))}"
+        )
+
+
+def _check_values(path: Path, file, state: ADMMState) -> None:
+    """Whether the tensors are the ones that were saved, and such that training can go on with them."""
+    metadata, keys = file.metadata(), sorted(file.keys())
+    checksum = _checksum(metadata["hf_admm"], ((key, file.get_tensor(key)) for key in keys))
+    if metadata.get("crc32") != checksum:
+        raise _damaged(path, f"its checksum is {checksum}, and {metadata.get('crc32')} is recorded")
+    diverged = []
+    for key in keys:
+        kind, name = key.split("/", 1)
+        tensor = file.get_tensor(key)
+        if kind == "mask":
+            groups = to_groups(tensor, state.pattern, state.targets[name].transposed)
+            if (groups.sum(dim=1) != kept_per_group(state.pattern, groups.shape[1])).any():
+                raise _damaged(path, f"{key} breaks pattern {state.pattern}")
+        elif tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
+            diverged.append(key)
+    if diverged:
+        raise ValueError(
+            f"{path} holds NaN or infinities in: {', '.join(diverged)}. The run had diverged when it was saved. "
+            "Resume from an earlier checkpoint, with a lower learning_rate or admm_rho."
+        )
+
+
+def _checksum(text: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """CRC-32 of the settings and of all tensors with their names: a fraction of the time of writing them."""
+    value = zlib.crc32(text.encode())
+    for key, tensor in tensors:
+        value = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)
+        value = zlib.crc32(tensor.detach().cpu().flatten().view(torch.uint8).numpy(), value)
+    return f"{value:08x}"
+
+
+@contextmanager
+def _open(path: Path) -> Iterator:
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-        settings = json.loads(metadata["hf_admm"])
-    except (SafetensorError, OSError, KeyError, json.JSONDecodeError) as error:
-        raise ValueError(
-            f"{path} can't be read as the sidecar of a sparse run ({error}): it is damaged or from another program. "
-            "Resume from another checkpoint."
-        ) from None
-    if settings.get("format_version") != FORMAT_VERSION:
-        raise ValueError(
-            f"{path} has format version {settings.get('format_version')!r}, this release reads {FORMAT_VERSION}. "
-            "Resume with the release that wrote it."
-        )
-    return settings
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise _damaged(path, error) from None
+
+
+def _damaged(path: Path, reason: object) -> ValueError:
+    return ValueError(
+        f"{path} can't be read as the sidecar of a sparse run ({reason}): it is damaged or from another program. "
+        "Resume from another checkpoint."
+    )

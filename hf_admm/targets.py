@@ -218,7 +218,7 @@ def _check_names(known: Iterable[str], linear: Iterable[str], names: list[str] |
     if isinstance(names, str):
         try:
             re.compile(names)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:  # a{9999999999}, or thousands of brackets
             raise ValueError(f"{flag} is not a regular expression: {names!r} ({error}).") from None
     each = [names] if isinstance(names, str) else [[suffix] for suffix in names or []]
     unmatched = [entry for entry in each if not any(matches(name, entry) for name in known)]

@@ -10,6 +10,7 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # Trainer's own bar
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
+from hypothesis import settings  # noqa: E402
 from transformers import (  # noqa: E402
     BertConfig,
     BertForSequenceClassification,
@@ -21,6 +22,11 @@ from transformers.utils import logging  # noqa: E402
 
 logging.disable_progress_bar()
 torch.set_num_threads(1)  # the models are too small to gain from more
+
+# The same examples in every run, few of them; `make fuzz` draws many new ones.
+settings.register_profile("quick", deadline=None, derandomize=True, max_examples=60)
+settings.register_profile("thorough", deadline=None, max_examples=3000, print_blob=True)
+settings.load_profile("quick")
 
 
 @pytest.fixture(scope="session")

@@ -58,14 +58,14 @@ def _parser() -> argparse.ArgumentParser:
 def _local(path_or_id: str) -> Path:
     """The path itself if it exists, else the downloaded safetensors of the model with that id."""
     path = Path(path_or_id)
-    if path.exists():
-        return path
     try:
+        if path.exists():
+            return path
         # The dense working weights of an interrupted run may be safetensors too, and are not the model.
         wanted = ["model*.safetensors", INDEX_NAME, RECORD_NAME]
         return Path(snapshot_download(path_or_id, allow_patterns=wanted))
     except (OSError, ValueError) as error:
-        reason = str(error).strip().splitlines()[0]
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path_or_id!r} is neither an existing path nor a model that can be downloaded from the hub ({reason}). "
             "Give the folder of a checkpoint, a .safetensors file, or the id of a model, such as 'org/name'."
