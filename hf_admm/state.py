@@ -58,11 +58,15 @@ class ADMMState:
             targets (`Mapping[str, Target]`):
                 The weights to prune, by parameter name.
         """
-        self.unmask_weights()
+        self.clear()
         parameters = dict(model.named_parameters())
-        self.__init__()
         self.pattern, self.targets = pattern, dict(targets)
         self.weights = {name: parameters[name] for name in self.targets}
+
+    def clear(self) -> None:
+        """Forgets all there was, and leaves the last model with its dense weights."""
+        self.unmask_weights()
+        self.__init__()
 
     # ---- Phase 1 ----
 
@@ -140,12 +144,12 @@ class ADMMState:
     @torch.no_grad()
     def start_srste(self, step: int) -> None:
         """Enters phase 2: M is the mask of Pi(W), and the anchors become room for the dense weights."""
-        self.phase, self.updated_at, self.figures = "srste", step, {}
         for name, weight in self.weights.items():
             self.masks[name] = sparsity_mask(weight, self.pattern, self.targets[name].transposed)
             if name not in self.anchors or self.anchors[name].dtype != weight.dtype:
                 self.anchors[name] = torch.empty_like(weight)
-        self.figures["sparsity"] = 1 - _share_kept(self.masks.values())
+        self.figures = {"sparsity": 1 - _share_kept(self.masks.values())}
+        self.phase, self.updated_at = "srste", step
 
     @torch.no_grad()
     def refresh_masks(self, step: int) -> None:
@@ -168,10 +172,13 @@ class ADMMState:
     @torch.no_grad()
     def mask_weights(self) -> None:
         """Puts M*W in the place of W, and W in the anchor."""
+        # All copies first: whatever interrupts this (memory, a keyboard), the dense weights are in one place or the
+        # other, and `masked` says in which.
         for name, weight in self.weights.items():
             self.anchors[name].copy_(weight)
-            zero_outside(weight, self.masks[name])
         self.masked = True
+        for name, weight in self.weights.items():
+            zero_outside(weight, self.masks[name])
 
     @torch.no_grad()
     def unmask_weights(self) -> None:
@@ -197,15 +204,15 @@ class ADMMState:
         if self.masked or self.phase not in ("admm", "srste"):
             yield
         elif self.phase == "srste":
-            self.mask_weights()
             try:
+                self.mask_weights()
                 yield
             finally:
                 self.unmask_weights()
         else:
             dense = {name: weight.detach().clone() for name, weight in self.weights.items()}
-            self.project_weights()
             try:
+                self.project_weights()
                 yield
             finally:
                 with torch.no_grad():

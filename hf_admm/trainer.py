@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from pathlib import Path
 
 import torch
@@ -49,6 +50,8 @@ class ADMMTrainerMixin:
             )
         self.sparsity = ADMMState()
         self.audit: AuditReport | None = None
+        self._announced = ""
+        self._averages_loss = False
         if isinstance(model, nn.Module) and args.is_sparse:  # some trainers take the name of a model
             # Before Trainer touches the model, so that bad input is refused with the model as it was.
             select_targets(model, args.pattern, args.include, args.exclude)
@@ -56,26 +59,38 @@ class ADMMTrainerMixin:
         self._set_up_sparsity()
 
     def _set_up_sparsity(self) -> None:
+        self.audit, self.sparsity.resumed = None, False
+        if self._averages_loss:
+            self.model_accepts_loss_kwargs, self._averages_loss = True, False
         if not self.args.is_sparse:
-            self.sparsity.phase = None
+            self.sparsity.clear()
             return
         if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # as set by `accelerate launch`
             raise ValueError(unsupported_backend("DeepSpeed" if self.is_deepspeed_enabled else "FSDP"))
+        self._announce()
         if not any(isinstance(callback, ADMMCallback) for callback in self.callback_handler.callbacks):
-            self._announce()
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [ADMMCallback(self.sparsity), SRSTECallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
-        if self.model_accepts_loss_kwargs and returns_plain_mean(self.accelerator.unwrap_model(self.model)):
+        models_own = self.label_smoother is None and self.compute_loss_func is None
+        if (
+            models_own
+            and self.model_accepts_loss_kwargs
+            and returns_plain_mean(self.accelerator.unwrap_model(self.model))
+        ):
             # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
-            self.model_accepts_loss_kwargs = False
+            self.model_accepts_loss_kwargs, self._averages_loss = False, True
             logger.info(f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step.")
 
     def _announce(self) -> None:
         selection = self.select_targets()
+        headline = f"pattern {self.args.pattern}, {selection.summary()}"
+        if headline == self._announced:
+            return
+        self._announced = headline
         logger.info(f"Pattern {self.args.pattern}:\n{selection.table()}")
         if self.is_world_process_zero():
-            print(f"hf_admm: pattern {self.args.pattern}, {selection.summary()}")
+            print(f"hf_admm: {headline}")
 
     def select_targets(self) -> TargetSelection:
         """Which weights of the model are pruned by these arguments, and why the others are not."""
@@ -90,11 +105,20 @@ class ADMMTrainerMixin:
     # ---- Training ----
 
     def train(self, *args, **kwargs):
-        self._set_up_sparsity()  # once more: a hyperparameter search may have changed the pattern
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        finally:
+            # An error or a keyboard interrupt in the middle of a step of phase 2 comes while the weights are masked.
+            self.sparsity.unmask_weights()
         if self.sparsity.phase == "sparse":
             self._audit()
         return output
+
+    def _hp_search_setup(self, trial) -> None:
+        # In every `train()`, after `model_init` has made its model and once a trial has set its arguments.
+        super()._hp_search_setup(trial)
+        self.args.validate_sparsity()
+        self._set_up_sparsity()
 
     def _audit(self) -> None:
         self.audit = self.sparsity.audit()
@@ -195,8 +219,9 @@ class ADMMTrainerMixin:
             save_sidecar(self.sparsity, output_dir)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        targets = self.select_targets().targets if self.args.is_sparse else {}
-        check_sidecar(resume_from_checkpoint, self.args.pattern, targets)
+        if os.path.isdir(resume_from_checkpoint):  # else Trainer's own message is the better one
+            targets = self.select_targets().targets if self.args.is_sparse else {}
+            check_sidecar(resume_from_checkpoint, self.args.pattern, targets)
         super()._load_from_checkpoint(resume_from_checkpoint, model)
 
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
@@ -209,8 +234,31 @@ class ADMMTrainerMixin:
         # Its weights are sparse already, with a mask of their own.
         self.sparsity.unmask_weights()
         super()._load_best_model()
-        if self.sparsity.phase in ("admm", "srste"):
+        # If the folder is gone, Trainer warns and goes on with the last weights: `on_train_end` prunes those.
+        if self.sparsity.phase in ("admm", "srste") and self.sparsity.audit().ok:
             self.sparsity.phase = "sparse"
+            self.sparsity.anchors, self.sparsity.masks = {}, {}
+
+    # ---- Hub ----
+
+    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
+        record = Path(checkpoint_folder) / RECORD_NAME
+        if self.args.should_save and record.is_file():  # Trainer copies a fixed list of files
+            shutil.copy(record, self.args.output_dir)
+        super()._push_from_checkpoint(checkpoint_folder)
+
+    def create_model_card(self, language=None, license=None, tags=None, *args, **kwargs) -> None:
+        """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
+        if self.sparsity.phase is None:
+            return super().create_model_card(language, license, tags, *args, **kwargs)
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        tags += [tag for tag in ("hf-admm", "sparsity", str(self.sparsity.pattern)) if tag not in tags]
+        super().create_model_card(language, license, tags, *args, **kwargs)
+        if self.is_world_process_zero():
+            with self.sparsity.sparse_weights():
+                verdict = self.sparsity.audit().verdict()
+            with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
+                card.write(f"\n### Sparsity\n\nPattern `{self.sparsity.pattern}`, checked: {verdict}\n")
 
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):
