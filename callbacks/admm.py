@@ -64,12 +64,23 @@ class ADMMCallback(TrainerCallback):
         plan = args.phase_plan(state.max_steps)
         if step < plan.admm_steps:
             self.state.update_dual(step, plan.rho(args.rho, args.admm_rho_schedule, step))
+            self.state.check_replicas()
 
-    def on_pre_optimizer_step(self, args, state, control, **kwargs):
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.state.phase == "admm" and args.admm_penalty == "gradient":
             self.state.pull_gradients(self.state.rho)
+        self.state.loss_scale = _loss_scale(optimizer)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.state.phase == "admm" and args.admm_penalty == "decoupled" and self.state.rho:
+            # In fp16 a step whose gradients overflowed is skipped, which a fused optimizer does not report: only the
+            # scale, halved after each such step, tells.
+            if _loss_scale(optimizer) < self.state.loss_scale:
+                return
             groups = optimizer.param_groups
             self.state.pull_weights({id(p): group["lr"] * self.state.rho for group in groups for p in group["params"]})
+
+
+def _loss_scale(optimizer) -> float:
+    scaler = getattr(optimizer, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()

@@ -33,6 +33,8 @@ class SRSTECallback(TrainerCallback):
             due = step != self.state.updated_at and (step - plan.admm_steps) % args.mask_update_steps == 0
             if due and step <= plan.freeze_step:
                 self.state.refresh_masks(step)
+            if (step - plan.admm_steps) % args.admm_update_steps == 0:  # as often as in phase 1
+                self.state.check_replicas()
             self.state.mask_weights()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):

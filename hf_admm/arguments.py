@@ -128,11 +128,11 @@ class ADMMTrainingArguments(TrainingArguments):
     )
 
     def __post_init__(self):
-        if self.is_sparse:  # before the backends themselves ask for packages and devices
-            for name, backend in (("deepspeed", "DeepSpeed"), ("fsdp", "FSDP")):
-                if getattr(self, name):
-                    raise ValueError(unsupported_backend(backend))
+        if self.is_sparse and self.deepspeed:  # before the backend itself asks for packages and devices
+            raise ValueError(unsupported_backend("DeepSpeed"))
         super().__post_init__()
+        if self.is_sparse and (self.fsdp_plugin_args or {}).get("fsdp_version") == 1:
+            raise ValueError(unsupported_backend("FSDP1"))
         if isinstance(self.sparsity_pattern, float):
             self.sparsity_pattern = str(self.sparsity_pattern)
         for name in ("admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"):
@@ -235,9 +235,9 @@ class ADMMTrainingArguments(TrainingArguments):
 def unsupported_backend(name: str) -> str:
     """The message for a backend that sparse training does not support."""
     return (
-        f"Sparse training under {name} is not supported yet (neither DeepSpeed, ZeRO-3 included, nor FSDP1 or FSDP2): "
-        "shards of the weights are out of reach of the pruning step. Train in one process or with DDP, or set "
-        "sparsity_pattern='none'."
+        f"Sparse training under {name} is not supported (DeepSpeed in any stage, ZeRO-3 included, and FSDP1 are not): "
+        "its shards of the weights are out of reach of the pruning step. Train in one process, with DDP or with FSDP2 "
+        "(fsdp_config={'version': 2}), or set sparsity_pattern='none'."
     )
 
 

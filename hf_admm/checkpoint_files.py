@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
 def read_names(path: Path) -> set[str]:
     """
     The state dict keys of a checkpoint, without reading its tensors. They are not always the parameter names: some
-    architectures (GTE, NomicBERT, Mixtral) are saved in their original format, renamed or with layers fused.
+    architectures (ViT, NomicBERT, Mixtral) are saved in their original format, renamed or with layers fused.
 
     Args:
         path (`Path`):

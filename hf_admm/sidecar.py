@@ -12,8 +12,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
+from torch.distributed.tensor import DTensor
 
 from hf_admm.patterns import SparsityPattern
+from hf_admm.shards import gather, scatter
 from hf_admm.state import ADMMState
 from hf_admm.targets import Target
 
@@ -22,21 +24,29 @@ SIDECAR_NAME = "admm_state.safetensors"
 FORMAT_VERSION = 1
 
 
-def save_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
+def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True) -> None:
     """
-    Writes the sidecar of a checkpoint.
+    Writes the sidecar of a checkpoint: whole tensors, whatever the number of processes. Every process must call it.
 
     Args:
         state ([`ADMMState`]):
-            The state, whose weights are dense (not masked).
+            The state.
         folder (`str` or `os.PathLike`):
             The checkpoint's folder.
+        write (`bool`, *optional*, defaults to `True`):
+            Whether this process writes the file, or only gives the others its shards.
     """
-    tensors = {f"weight/{name}": weight.detach().contiguous() for name, weight in state.weights.items()}
-    if state.phase == "admm":
-        tensors |= {f"anchor/{name}": anchor for name, anchor in state.anchors.items()}
-    else:
-        tensors |= {f"mask/{name}": mask for name, mask in state.masks.items()}
+    tensors = {}
+    held = {"weight": dict(state.dense_weights())}
+    held |= {"anchor": state.anchors} if state.phase == "admm" else {"mask": state.masks}
+    for kind, parts in held.items():
+        for name, part in parts.items():
+            weight = state.weights[name]
+            whole = gather(part, weight)
+            if write:  # gathered tensors are taken off the device one by one
+                tensors[f"{kind}/{name}"] = (whole.cpu() if isinstance(weight, DTensor) else whole).contiguous()
+    if not write:
+        return
     settings = {
         "format_version": FORMAT_VERSION,
         "pattern": str(state.pattern),
@@ -122,11 +132,12 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
     settings = _settings(path)
     kind, companions = ("anchor", state.anchors) if settings["phase"] == "admm" else ("mask", state.masks)
     with safe_open(path, framework="pt") as file:
-        for name, weight in state.weights.items():
-            weight.copy_(file.get_tensor(f"weight/{name}"))
-            companions[name] = file.get_tensor(f"{kind}/{name}").to(weight.device)
+        for name, part in state.local_weights():
+            weight = state.weights[name]
+            part.copy_(scatter(file.get_tensor(f"weight/{name}").to(part.device), weight))
+            companions[name] = scatter(file.get_tensor(f"{kind}/{name}").to(part.device), weight)
     if settings["phase"] == "srste":
-        state.anchors = {name: torch.empty_like(weight) for name, weight in state.weights.items()}
+        state.anchors = {name: torch.empty_like(part) for name, part in state.local_weights()}
     state.phase, state.rho, state.updated_at = settings["phase"], settings["rho"], settings["updated_at"]
     state.figures = settings["figures"]
     state.resumed = True

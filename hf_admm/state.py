@@ -5,7 +5,8 @@ Each pruned weight W has one companion of its size, the **anchor** T:
 - In phase 1, T = Z - U. Z and U have disjoint supports, so T holds both, and the support of Z can be read off it.
 - In phase 2, T keeps the dense weights aside while the model computes with the masked ones, in place.
 
-Everything is keyed by parameter name and looked up in the live model, whose modules are never changed.
+Everything is keyed by parameter name and looked up in the live model, whose modules are never changed. Where FSDP2
+shards a weight, its companions have the shape of the local part.
 """
 
 from collections.abc import Iterator, Mapping
@@ -13,10 +14,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 
 from hf_admm.audit import AuditReport, audit_weights
 from hf_admm.patterns import SparsityPattern
-from hf_admm.projections import project, sparsity_mask, zero_outside
+from hf_admm.projections import sparsity_mask, zero_outside
+from hf_admm.replicas import check_replicas
+from hf_admm.shards import gather, local, reshard, scatter, shard_count, straddles, total
 from hf_admm.targets import Target
 from hf_admm.updates import dual_step, proximal_step, pull
 
@@ -37,11 +41,13 @@ class ADMMState:
         self.phase: str | None = None
         self.pattern: SparsityPattern | None = None
         self.targets: dict[str, Target] = {}
+        self.model: nn.Module | None = None
         self.weights: dict[str, nn.Parameter] = {}
         self.anchors: dict[str, torch.Tensor] = {}
         self.masks: dict[str, torch.Tensor] = {}
         self.rho = 0.0
         self.updated_at = 0
+        self.loss_scale = 1.0  # of the step that is being taken, above 1 in fp16
         self.masked = False
         self.resumed = False
         self.figures: dict[str, float | torch.Tensor] = {}  # tensors are read when logged: no wait for the device
@@ -60,13 +66,43 @@ class ADMMState:
         """
         self.clear()
         parameters = dict(model.named_parameters())
-        self.pattern, self.targets = pattern, dict(targets)
+        self.model, self.pattern, self.targets = model, pattern, dict(targets)
         self.weights = {name: parameters[name] for name in self.targets}
 
     def clear(self) -> None:
         """Forgets all there was, and leaves the last model with its dense weights."""
         self.unmask_weights()
         self.__init__()
+
+    def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """The part of each weight that this process holds, by name. Changing it changes the weight."""
+        for name, weight in self.weights.items():
+            yield name, local(weight.detach())
+
+    def _mask(self, name: str) -> torch.Tensor:
+        """The mask of Pi(W) for this process's part of a weight."""
+        weight, transposed = self.weights[name].detach(), self.targets[name].transposed
+        if straddles(weight, self.pattern, transposed):
+            return scatter(sparsity_mask(weight.full_tensor(), self.pattern, transposed), weight)
+        return sparsity_mask(local(weight), self.pattern, transposed)
+
+    def _share(self, counts: Mapping[str, torch.Tensor]) -> torch.Tensor:
+        """A count of entries for each weight as a share of all entries."""
+        return total(counts, self.weights) / sum(weight.numel() for weight in self.weights.values())
+
+    def check_replicas(self) -> None:
+        """
+        Checks that every process holds the same weights, anchors and masks. Shards differ by design and are left out.
+
+        Raises:
+            `RuntimeError`: If one differs.
+        """
+        whole = {name: weight for name, weight in self.weights.items() if not isinstance(weight, DTensor)}
+        companions = {"anchor": self.anchors if self.phase == "admm" else {}, "mask": self.masks}
+        tensors = dict(whole)
+        for kind, held in companions.items():
+            tensors |= {f"{kind} of {name}": tensor for name, tensor in held.items() if name in whole}
+        check_replicas(tensors)
 
     # ---- Phase 1 ----
 
@@ -76,10 +112,11 @@ class ADMMState:
         self.phase, self.rho = "admm", rho
         # float32 whatever the weights are: the dual variable sums up differences that bfloat16 would round away.
         self.anchors = {
-            name: project(weight.float(), self.pattern, self.targets[name].transposed)
-            for name, weight in self.weights.items()
+            name: zero_outside(weight.to(torch.float32, copy=True), self._mask(name))
+            for name, weight in self.local_weights()
         }
-        self.figures = {"sparsity": _share_of_zeros(self.anchors.values())}
+        kept = {name: anchor.count_nonzero() for name, anchor in self.anchors.items()}
+        self.figures = {"sparsity": 1 - self._share(kept).item()}
 
     @torch.no_grad()
     def update_dual(self, step: int, rho: float) -> None:
@@ -92,13 +129,19 @@ class ADMMState:
             rho (`float`):
                 The penalty's strength from now on, not below the one so far.
         """
-        sums = []
-        for name, weight in self.weights.items():
-            transposed = self.targets[name].transposed
-            anchor, parts = dual_step(weight, self.anchors[name], self.pattern, transposed, self.rho / rho)
+        sums = {}
+        for name, part in self.local_weights():
+            weight, transposed = self.weights[name], self.targets[name].transposed
+            divided = straddles(weight, self.pattern, transposed)
+            w, t = (
+                (gather(part, weight), gather(self.anchors[name], weight)) if divided else (part, self.anchors[name])
+            )
+            anchor, sums[name] = dual_step(w, t, self.pattern, transposed, self.rho / rho)
+            if divided:  # every process has just added up the whole
+                anchor = scatter(anchor, weight)
+                sums[name] = sums[name].double() / shard_count(weight)
             self.anchors[name].copy_(anchor)
-            sums.append(parts)
-        *squares, flips, kept = torch.stack(sums).double().sum(dim=0).tolist()
+        *squares, flips, kept = total(sums, self.weights).tolist()
         primal, weight_norm, z_norm, dual, u_norm = (square**0.5 for square in squares)
         entries = sum(weight.numel() for weight in self.weights.values())
         self.figures |= {
@@ -118,8 +161,8 @@ class ADMMState:
             steps (`Mapping[int, float]`):
                 For the `id` of each parameter, its learning rate times rho.
         """
-        for name, weight in self.weights.items():
-            proximal_step(weight, self.anchors[name], steps[id(weight)])
+        for name, weight in self.local_weights():
+            proximal_step(weight, self.anchors[name], steps[id(self.weights[name])])
 
     @torch.no_grad()
     def pull_gradients(self, strength: float) -> None:
@@ -132,23 +175,25 @@ class ADMMState:
         """
         if not strength:
             return
-        for name, weight in self.weights.items():
-            if weight.grad is None:  # unused in this batch, but its penalty is there all the same
-                weight.grad = torch.zeros_like(weight)
+        for name, weight in self.local_weights():
+            parameter = self.weights[name]
+            if parameter.grad is None:  # unused in this batch, but its penalty is there all the same
+                parameter.grad = torch.zeros_like(parameter)
             # While masked, the weight holds M*W and the anchor W: the same difference, the other way round.
             pair = (self.anchors[name], weight) if self.masked else (weight, self.anchors[name])
-            pull(weight.grad, *pair, strength)
+            pull(local(parameter.grad), *pair, strength)
 
     # ---- Phase 2 ----
 
     @torch.no_grad()
     def start_srste(self, step: int) -> None:
         """Enters phase 2: M is the mask of Pi(W), and the anchors become room for the dense weights."""
-        for name, weight in self.weights.items():
-            self.masks[name] = sparsity_mask(weight, self.pattern, self.targets[name].transposed)
+        for name, weight in self.local_weights():
+            self.masks[name] = self._mask(name)
             if name not in self.anchors or self.anchors[name].dtype != weight.dtype:
                 self.anchors[name] = torch.empty_like(weight)
-        self.figures = {"sparsity": 1 - _share_kept(self.masks.values())}
+        kept = {name: mask.sum() for name, mask in self.masks.items()}
+        self.figures = {"sparsity": 1 - self._share(kept).item()}
         self.phase, self.updated_at = "srste", step
 
     @torch.no_grad()
@@ -160,13 +205,12 @@ class ADMMState:
             step (`int`):
                 Optimizer steps done.
         """
-        flips = []
-        for name, weight in self.weights.items():
-            mask = sparsity_mask(weight, self.pattern, self.targets[name].transposed)
-            flips.append((mask != self.masks[name]).sum())
+        flips = {}
+        for name in self.weights:
+            mask = self._mask(name)
+            flips[name] = (mask != self.masks[name]).sum()
             self.masks[name].copy_(mask)
-        entries = sum(mask.numel() for mask in self.masks.values())
-        self.figures |= {"mask_flips": torch.stack(flips).sum() / entries}
+        self.figures["mask_flips"] = self._share(flips)
         self.updated_at = step
 
     @torch.no_grad()
@@ -174,53 +218,54 @@ class ADMMState:
         """Puts M*W in the place of W, and W in the anchor."""
         # All copies first: whatever interrupts this (memory, a keyboard), the dense weights are in one place or the
         # other, and `masked` says in which.
-        for name, weight in self.weights.items():
+        for name, weight in self.local_weights():
             self.anchors[name].copy_(weight)
         self.masked = True
-        for name, weight in self.weights.items():
+        for name, weight in self.local_weights():
             zero_outside(weight, self.masks[name])
 
     @torch.no_grad()
     def unmask_weights(self) -> None:
         """Puts W back, if it is masked."""
         if self.masked:
-            for name, weight in self.weights.items():
+            for name, weight in self.local_weights():
                 weight.copy_(self.anchors[name])
         self.masked = False
+
+    def dense_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """This process's part of the dense working weights, by name, wherever they are while masked."""
+        for name, weight in self.local_weights():
+            yield name, self.anchors[name] if self.masked else weight
 
     # ---- Sparse weights, for evaluation, checkpoints and the end ----
 
     @torch.no_grad()
     def project_weights(self) -> None:
         """Makes the weights obey the pattern, in place: Pi(W) in phase 1, M*W in phase 2."""
-        for name, weight in self.weights.items():
-            srste = self.phase == "srste"
-            mask = self.masks[name] if srste else sparsity_mask(weight, self.pattern, self.targets[name].transposed)
-            zero_outside(weight, mask)
+        for name, weight in self.local_weights():
+            zero_outside(weight, self.masks[name] if self.phase == "srste" else self._mask(name))
 
     @contextmanager
     def sparse_weights(self) -> Iterator[None]:
         """Within it, the model holds the weights that obey the pattern; after it, the dense working weights again."""
         if self.masked or self.phase not in ("admm", "srste"):
             yield
-        elif self.phase == "srste":
-            try:
-                self.mask_weights()
-                yield
-            finally:
-                self.unmask_weights()
-        else:
-            dense = {name: weight.detach().clone() for name, weight in self.weights.items()}
-            try:
-                self.project_weights()
-                yield
-            finally:
-                with torch.no_grad():
-                    for name, weight in self.weights.items():
-                        weight.copy_(dense[name])
+            return
+        reshard(self.model)
+        admm = self.phase == "admm"
+        dense = {name: weight.clone() for name, weight in self.local_weights()} if admm else {}
+        try:
+            self.project_weights() if admm else self.mask_weights()
+            yield
+        finally:
+            reshard(self.model)
+            self.unmask_weights()
+            for name, weight in dense.items():
+                local(self.weights[name].detach()).copy_(weight)
 
     def finish(self) -> None:
         """Puts the zeros into the weights for good and drops what only training needs."""
+        reshard(self.model)
         self.unmask_weights()
         self.project_weights()
         self.phase = "sparse"
@@ -228,23 +273,18 @@ class ADMMState:
 
     def audit(self) -> AuditReport:
         """Checks every group of every target in the model as it is."""
-        rows = ((name, weight.detach(), self.targets[name].transposed) for name, weight in self.weights.items())
+        rows = (
+            (name, gather(weight, self.weights[name]), self.targets[name].transposed)
+            for name, weight in self.local_weights()
+        )
         return audit_weights(rows, self.pattern)
 
     @torch.no_grad()
     def penalty(self, strength: float) -> float:
         """`strength / 2 * ||W - T||^2`, with T = M*W in phase 2. Reads the dense weights."""
-        if self.phase == "admm":
-            squares = [(weight - self.anchors[name]).square().sum() for name, weight in self.weights.items()]
-        else:
-            squares = [weight[~self.masks[name]].square().sum() for name, weight in self.weights.items()]
-        return 0.5 * strength * torch.stack(squares).sum().item()
-
-
-def _share_kept(masks) -> float:
-    counts = [(mask.sum(), mask.numel()) for mask in masks]
-    return torch.stack([kept for kept, _ in counts]).sum().item() / sum(size for _, size in counts)
-
-
-def _share_of_zeros(tensors) -> float:
-    return 1 - _share_kept([tensor != 0 for tensor in tensors])
+        admm = self.phase == "admm"
+        squares = {
+            name: ((weight - self.anchors[name]) if admm else weight[~self.masks[name]]).square().sum()
+            for name, weight in self.local_weights()
+        }
+        return 0.5 * strength * total(squares, self.weights).item()

@@ -1,5 +1,6 @@
 """Which weights of a model are pruned, and why the others are not."""
 
+import math
 import re
 from collections import Counter
 from collections.abc import Iterable
@@ -63,11 +64,13 @@ class TargetSelection:
         return "\n".join([*lines, self.summary()])
 
     def summary(self) -> str:
-        """One line: how many weights are pruned, and how many are not, by reason."""
-        pruned = sum(target.shape[0] * target.shape[1] for target in self.targets.values())
+        """One line: how many weights are pruned and their share of all, and how many are not, by reason."""
+        pruned = sum(math.prod(target.shape) for target in self.targets.values())
+        matrices = pruned + sum(math.prod(shape) for shape, _ in self.left_out.values())
         reasons = Counter(reason for _, reason in self.left_out.values())
         dense = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
-        return f"{len(self.targets)} weights pruned ({pruned:,} entries); left dense: {dense}"
+        share = f"{pruned:,} entries, {pruned / max(matrices, 1):.1%} of all matrices"
+        return f"{len(self.targets)} weights pruned ({share}); left dense: {dense}"
 
 
 def matches(name: str, names: list[str] | str) -> bool:
@@ -182,7 +185,10 @@ def _kind(name: str, module: nn.Module | None) -> str:
         return "embedding"
     if _is_router(parts):
         return "router"
-    return "fused experts" if "experts" in parts else "not a linear layer"
+    if isinstance(module, nn.Conv1d | nn.Conv2d | nn.Conv3d):
+        return "convolution"
+    # All experts of a layer in one tensor of three dimensions. A limit, not a choice: they are most of the model.
+    return "fused experts (unsupported)" if "experts" in parts else "not a linear layer"
 
 
 def _refuse_quantized(model: nn.Module, linear: dict[str, nn.Module]) -> None:

@@ -1,32 +1,30 @@
 """ADMMTrainer: where the method is wired into Trainer."""
 
-import json
 import os
-import shutil
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_admm.arguments import ADMMTrainingArguments, unsupported_backend
 from hf_admm.audit import AuditReport
 from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
-from hf_admm.checkpoint_files import RECORD_NAME, RECORD_VERSION, read_names
+from hf_admm.checkpointing import SparseCheckpointsMixin
 from hf_admm.loss_scaling import returns_plain_mean
 from hf_admm.schedules import join_segments
-from hf_admm.sidecar import check_sidecar, load_sidecar, save_sidecar
+from hf_admm.shards import reshard
 from hf_admm.state import ADMMState
 from hf_admm.targets import TargetSelection, select_targets
-from hf_admm.version import __version__
 
 
 logger = logging.get_logger(__name__)
 
 
-class ADMMTrainerMixin:
+class ADMMTrainerMixin(SparseCheckpointsMixin):
     """
     Sparse fine-tuning for any `Trainer`: mix it in before the trainer class, and pass [`ADMMTrainingArguments`] or a
     class that extends them.
@@ -65,22 +63,29 @@ class ADMMTrainerMixin:
         if not self.args.is_sparse:
             self.sparsity.clear()
             return
-        if self.is_deepspeed_enabled or self.is_fsdp_enabled:  # as set by `accelerate launch`
-            raise ValueError(unsupported_backend("DeepSpeed" if self.is_deepspeed_enabled else "FSDP"))
+        self._check_backend()
         self._announce()
         if not any(isinstance(callback, ADMMCallback) for callback in self.callback_handler.callbacks):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [ADMMCallback(self.sparsity), SRSTECallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
-        models_own = self.label_smoother is None and self.compute_loss_func is None
-        if (
-            models_own
-            and self.model_accepts_loss_kwargs
-            and returns_plain_mean(self.accelerator.unwrap_model(self.model))
-        ):
+        own = self.label_smoother is None and self.compute_loss_func is None
+        model = self.accelerator.unwrap_model(self.model)
+        if own and self.model_accepts_loss_kwargs and returns_plain_mean(model):
             # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
             self.model_accepts_loss_kwargs, self._averages_loss = False, True
             logger.info(f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step.")
+
+    def _check_backend(self) -> None:
+        """`accelerate launch` may set one that the arguments do not show."""
+        plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
+        if self.is_deepspeed_enabled or (plugin and plugin.fsdp_version == 1):
+            raise ValueError(unsupported_backend("DeepSpeed" if self.is_deepspeed_enabled else "FSDP1"))
+        if plugin and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+            raise ValueError(
+                f"FSDP with state_dict_type={plugin.state_dict_type} saves checkpoints without a model.safetensors. "
+                "Set it to FULL_STATE_DICT, so that every checkpoint of a sparse run loads anywhere."
+            )
 
     def _announce(self) -> None:
         selection = self.select_targets()
@@ -107,9 +112,12 @@ class ADMMTrainerMixin:
     def train(self, *args, **kwargs):
         try:
             output = super().train(*args, **kwargs)
-        finally:
+        except BaseException:
             # An error or a keyboard interrupt in the middle of a step of phase 2 comes while the weights are masked.
-            self.sparsity.unmask_weights()
+            if self.sparsity.masked:
+                reshard(self.sparsity.model)
+                self.sparsity.unmask_weights()
+            raise
         if self.sparsity.phase == "sparse":
             self._audit()
         return output
@@ -166,6 +174,8 @@ class ADMMTrainerMixin:
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
+        if self.args.is_sparse and not loss.isfinite():  # Trainer looks at each loss too, and goes on
+            self._stop_at_bad_loss(loss)
         # The penalty's exact gradient, once per optimizer step: gradients are accumulated and reduced, not yet
         # clipped. As a term of the loss it would be divided by the accumulation steps and mixed into the logged task
         # loss.
@@ -174,78 +184,24 @@ class ADMMTrainerMixin:
             self.sparsity.pull_gradients(self.sparsity.rho * (1.0 if scaler is None else scaler.get_scale()))
         return loss
 
+    def _stop_at_bad_loss(self, loss: torch.Tensor) -> None:
+        """Every weight would be NaN after this step, and every later checkpoint with them."""
+        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        raise FloatingPointError(
+            f"The loss of step {self.state.global_step + 1} is {loss.item()}: training stops before the weights take "
+            f"it in. The last checkpoint is {last or 'none, nothing was saved yet'}. Resume from there with a lower "
+            "learning_rate or max_grad_norm, in bf16 or float32 instead of fp16, and look for examples without "
+            "labels or with extreme values."
+        )
+
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
         if "loss" in logs and self.args.is_sparse:
             logs |= {f"admm/{name}": float(figure) for name, figure in self.sparsity.figures.items()}
         super().log(logs, start_time)
 
-    # ---- Evaluation, checkpoints, final save: invariant 1 of the design ----
-
     def evaluation_loop(self, *args, **kwargs):
         with self.sparsity.sparse_weights():
             return super().evaluation_loop(*args, **kwargs)
-
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with self.sparsity.sparse_weights():
-            super().save_model(output_dir, _internal_call)
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.sparsity.phase is not None:
-            self._save_record(Path(output_dir if output_dir is not None else self.args.output_dir))
-
-    def _save_record(self, folder: Path) -> None:
-        """What `hf-admm verify` checks against; nothing needs it to load the model."""
-        # A few families are saved under other keys than their parameters have; verify judges those by their zeros.
-        saved = read_names(folder)
-        record = {
-            "format_version": RECORD_VERSION,
-            "hf_admm_version": __version__,
-            "pattern": str(self.sparsity.pattern),
-            "targets": {
-                name: {"transposed": target.transposed}
-                for name, target in self.sparsity.targets.items()
-                if name in saved
-            },
-        }
-        temporary = folder / f"{RECORD_NAME}.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, folder / RECORD_NAME)
-
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        super()._save_optimizer_and_scheduler(output_dir)
-        if self.args.should_save and self.sparsity.phase in ("admm", "srste"):
-            self.sparsity.unmask_weights()
-            save_sidecar(self.sparsity, output_dir)
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if os.path.isdir(resume_from_checkpoint):  # else Trainer's own message is the better one
-            targets = self.select_targets().targets if self.args.is_sparse else {}
-            check_sidecar(resume_from_checkpoint, self.args.pattern, targets)
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.args.is_sparse:
-            self.sparsity.reset(self.model, self.args.pattern, self.select_targets().targets)
-            load_sidecar(self.sparsity, checkpoint)
-
-    def _load_best_model(self) -> None:
-        # Its weights are sparse already, with a mask of their own.
-        self.sparsity.unmask_weights()
-        super()._load_best_model()
-        # If the folder is gone, Trainer warns and goes on with the last weights: `on_train_end` prunes those.
-        if self.sparsity.phase in ("admm", "srste") and self.sparsity.audit().ok:
-            self.sparsity.phase = "sparse"
-            self.sparsity.anchors, self.sparsity.masks = {}, {}
-
-    # ---- Hub ----
-
-    def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
-        record = Path(checkpoint_folder) / RECORD_NAME
-        if self.args.should_save and record.is_file():  # Trainer copies a fixed list of files
-            shutil.copy(record, self.args.output_dir)
-        super()._push_from_checkpoint(checkpoint_folder)
 
     def create_model_card(self, language=None, license=None, tags=None, *args, **kwargs) -> None:
         """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
@@ -255,10 +211,9 @@ class ADMMTrainerMixin:
         tags += [tag for tag in ("hf-admm", "sparsity", str(self.sparsity.pattern)) if tag not in tags]
         super().create_model_card(language, license, tags, *args, **kwargs)
         if self.is_world_process_zero():
-            with self.sparsity.sparse_weights():
-                verdict = self.sparsity.audit().verdict()
+            pattern, held = self.sparsity.pattern, len(self.sparsity.targets)
             with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
-                card.write(f"\n### Sparsity\n\nPattern `{self.sparsity.pattern}`, checked: {verdict}\n")
+                card.write(f"\n### Sparsity\n\nEvery group of {held} weights obeys the pattern `{pattern}`.\n")
 
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):

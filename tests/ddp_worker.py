@@ -3,12 +3,25 @@
 import sys
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 
 
-def main(folder: str, batch_size: int, resume: str | None = None) -> None:
+class Fault(TrainerCallback):
+    """Changes one entry of one tensor of the state on the second process, in the phase that has such a tensor."""
+
+    def __init__(self, kind: str):
+        self.kind = kind
+
+    def on_step_end(self, args, state, control, **kwargs):
+        if args.process_index == 1 and state.global_step == (7 if self.kind == "mask" else 3):
+            tensors = {"weight": self.state.weights, "anchor": self.state.anchors, "mask": self.state.masks}[self.kind]
+            entry = tensors["bert.encoder.layer.1.output.dense.weight"].detach()[3, 5:6]
+            entry.copy_(~entry if self.kind == "mask" else entry + 1e-3)
+
+
+def main(folder: str, batch_size: int, resume: str, fault: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
     config = BertConfig(
@@ -21,10 +34,14 @@ def main(folder: str, batch_size: int, resume: str | None = None) -> None:
     args = ADMMTrainingArguments(
         folder, max_steps=12, per_device_train_batch_size=batch_size, learning_rate=0.05, optim="sgd", admm_steps=6,
         admm_update_steps=2, admm_rho=2.0, srste_decay=0.01, save_steps=3, logging_steps=1, report_to="none",
-        disable_tqdm=True, use_cpu=True,
+        disable_tqdm=True, use_cpu=True, mask_update_steps=4 if fault == "mask" else 1,  # or it mends itself
     )  # fmt: skip
     trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16])
-    trainer.train(resume_from_checkpoint=resume)
+    if fault:
+        callback = Fault(fault)
+        callback.state = trainer.sparsity
+        trainer.add_callback(callback)
+    trainer.train(resume_from_checkpoint=resume or None)
     assert trainer.audit.ok
     rank = args.process_index
     torch.save({name: weight.detach() for name, weight in model.named_parameters()}, f"{folder}/rank{rank}.pt")
@@ -34,4 +51,4 @@ def main(folder: str, batch_size: int, resume: str | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], int(sys.argv[2]), sys.argv[3] if len(sys.argv) > 3 else None)
+    main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])

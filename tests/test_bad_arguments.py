@@ -99,13 +99,13 @@ def test_steps_beyond_the_run(name, arguments):
     [
         ({"deepspeed": {"zero_optimization": {"stage": 3}}}, "DeepSpeed"),
         ({"deepspeed": "zero3.json"}, "DeepSpeed"),
-        ({"fsdp": "full_shard"}, "FSDP"),
-        ({"fsdp": True}, "FSDP"),
+        ({"fsdp": True, "fsdp_config": {"version": 1}}, "FSDP1"),
+        ({"fsdp": "full_shard", "fsdp_config": {"fsdp_version": 1}}, "FSDP1"),
     ],
 )
-def test_backends_that_shard_the_weights(flags, backend, arguments):
+def test_backends_whose_shards_are_out_of_reach(flags, backend, arguments):
     # Before the backend asks for its package or its devices, which are not here.
-    with pytest.raises(ValueError, match=f"Sparse training under {backend} is not supported yet.*DDP, or set"):
+    with pytest.raises(ValueError, match=f"Sparse training under {backend} is not supported.*FSDP2.*, or set"):
         arguments(**flags)
 
 

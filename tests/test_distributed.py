@@ -1,39 +1,85 @@
-"""DDP on two gloo processes is the run in one process, and both processes hold the same model."""
+"""Two processes (gloo) train as one, resume on any number of processes, and never drift apart unnoticed."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
+import re
 
 import pytest
 import torch
 
 from hf_admm import audit_checkpoint
+from hf_admm.replicas import check_replicas, digest
+from launch import launch, needs_gloo
 
 
-WORKER = Path(__file__).with_name("ddp_worker.py")
+# Per process, so that each run sees the same 16 examples a step.
+BATCH_SIZE = {1: 16, 2: 8}
 
 
-def run(processes, folder, *arguments):
+def run(processes, folder, resume="", fault="", fails=False):
     folder.mkdir()
-    launcher = (
-        ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes > 1 else []
-    )
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(WORKER.parent.parent)}
-    command = [sys.executable, *launcher, str(WORKER), str(folder), *arguments]
-    result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
-    assert result.returncode == 0, result.stderr[-3000:]
-    return [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+    stderr = launch(processes, "ddp_worker.py", folder, BATCH_SIZE[processes], resume, fault, fails=fails)
+    return stderr if fails else [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
 
 
-@pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
-def test_two_processes_train_as_one_and_resume(tmp_path):
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
     """SGD, so that a penalty counted once per process would not be normalised away."""
-    (one,) = run(1, tmp_path / "one", "16")
-    first, second = run(2, tmp_path / "two", "8")
-    resumed, _ = run(2, tmp_path / "resumed", "8", str(tmp_path / "two" / "checkpoint-3"))
-    for name, weight in one.items():
-        assert torch.equal(first[name], second[name]), name
-        assert torch.equal(first[name], resumed[name]), name
-        torch.testing.assert_close(weight, first[name], rtol=1e-4, atol=2e-6, msg=name)
-    assert audit_checkpoint(tmp_path / "two" / "model").ok
+    folder = tmp_path_factory.mktemp("straight")
+    return folder, {processes: run(processes, folder / str(processes)) for processes in BATCH_SIZE}
+
+
+def assert_close(weights, others):
+    for name, weight in weights.items():
+        torch.testing.assert_close(weight, others[name], rtol=1e-4, atol=2e-6, msg=name)
+
+
+@needs_gloo
+def test_two_processes_train_as_one(straight):
+    folder, runs = straight
+    (one,), (first, second) = runs[1], runs[2]
+    assert all(torch.equal(first[name], second[name]) for name in one)
+    assert_close(one, first)
+    assert audit_checkpoint(folder / "2" / "model").ok
+
+
+@needs_gloo
+def test_a_resume_gives_the_same_bits(straight, tmp_path):
+    folder, runs = straight
+    resumed, _ = run(2, tmp_path / "run", folder / "2" / "checkpoint-3")
+    assert all(torch.equal(resumed[name], weight) for name, weight in runs[2][0].items())
+
+
+@needs_gloo
+@pytest.mark.parametrize(("before", "after", "step"), [(1, 2, 3), (2, 1, 9)])
+def test_a_resume_on_another_number_of_processes(before, after, step, straight, tmp_path):
+    folder, runs = straight
+    resumed, *_ = run(after, tmp_path / "run", folder / str(before) / f"checkpoint-{step}")
+    assert_close(resumed, runs[before][0])
+
+
+@needs_gloo
+@pytest.mark.parametrize("fault", ["weight", "anchor", "mask"])
+def test_replicas_that_drift_apart_are_noticed(fault, tmp_path):
+    """One entry of one tensor is changed on the second process only; it is named, with what it has spoilt since."""
+    stderr = run(2, tmp_path / "run", fault=fault, fails=True)
+    message = re.search(r"no longer hold the same values of: (.*?)\. Something changes", stderr)
+    name = "bert.encoder.layer.1.output.dense.weight"
+    assert (name if fault == "weight" else f"{fault} of {name}") in message[1].split(", ")
+
+
+# ---- The digest itself ----
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64, torch.bool])
+def test_a_digest_sees_every_entry_and_its_place(dtype):
+    matrix = torch.randn(6, 10, generator=torch.Generator().manual_seed(0))
+    matrix = matrix > 0 if dtype is torch.bool else matrix.to(dtype)
+    digests = {digest(matrix).item(), digest(matrix.flip(0)).item(), digest(matrix.flip(1)).item()}
+    for entry in range(matrix.numel()):
+        changed = matrix.clone()
+        changed.view(-1)[entry] = ~changed.view(-1)[entry] if dtype is torch.bool else changed.view(-1)[entry] * 1.01
+        digests.add(digest(changed).item())
+    assert len(digests) == 3 + matrix.numel()
+
+
+def test_one_process_has_nothing_to_compare():
+    check_replicas({"weight": torch.ones(2, 2)})

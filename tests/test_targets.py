@@ -190,7 +190,8 @@ def test_a_mixture_of_experts_says_that_routers_and_fused_experts_stay_dense(hea
     dense = reasons(selection)
     assert "model.layers.0.mlp.gate.weight" in dense["router"]
     # Three dimensions, all experts in one: no nn.Linear holds them.
-    assert dense["fused experts"] == {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    fused = {f"model.layers.0.mlp.experts.{name}" for name in ("gate_up_proj", "down_proj")}
+    assert dense["fused experts (unsupported)"] == fused
     if head.startswith("Qwen"):
         assert "model.layers.0.mlp.shared_expert_gate.weight" in dense["router"]  # an nn.Linear of its own
         assert "model.layers.0.mlp.shared_expert.gate_proj.weight" in selection.targets
@@ -261,10 +262,11 @@ def test_the_table_shows_every_matrix_with_its_shape_and_reason(tiny_gpt2):
     ]
     assert len({row.index(row.split(maxsplit=2)[2]) for row in rows}) == 1  # in columns
     assert summary == selection.summary()
-    assert summary.startswith(f"3 weights pruned ({16 * 48 + 16 * 16 + 64 * 16:,} entries); left dense: ")
+    # 2,048 of 2,048 + (64 + 32 + 64) * 16 entries.
+    assert summary.startswith("3 weights pruned (2,048 entries, 44.4% of all matrices); left dense: ")
     assert "1 tied embedding, 1 embedding, 1 excluded by sparsity_exclude" in summary
 
 
 def test_the_summary_of_a_model_that_is_pruned_whole():
     selection = select_targets(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), PATTERN)
-    assert selection.summary() == "2 weights pruned (40 entries); left dense: none"
+    assert selection.summary() == "2 weights pruned (40 entries, 100.0% of all matrices); left dense: none"

@@ -1,0 +1,142 @@
+"""Runs for tests/test_sharded.py, in one process or, with the weights sharded by FSDP2, in several."""
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+from torch import distributed, nn
+from torch.distributed.fsdp import fully_shard
+from torch.distributed.tensor import DTensor
+from transformers.pytorch_utils import Conv1D
+
+from hf_admm import parse_pattern
+from hf_admm.shards import local, straddles
+from hf_admm.sidecar import load_sidecar, save_sidecar
+from hf_admm.state import ADMMState
+from hf_admm.targets import select_targets
+
+
+PATTERNS = ("2:4", "1:4", "4:8", "4x4:8", "2x8:5", "0.5")
+
+
+class Layer(nn.Module):
+    """Shapes that two or three processes divide evenly, unevenly, and into shards of which some are empty."""
+
+    def __init__(self):
+        super().__init__()
+        self.even = nn.Linear(16, 24)
+        self.conv = Conv1D(16, 24)  # (24, 16): the input dimension is the sharded one
+        self.uneven = nn.Linear(16, 40)
+        self.narrow = Conv1D(16, 40)
+        self.small = nn.Linear(16, 4)
+
+    def forward(self, x):
+        x = torch.relu(self.conv(self.even(x)))
+        return self.small(torch.tanh(self.narrow(self.uneven(x))))
+
+
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([Layer(), Layer()])
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        for layer in self.layers:
+            x = torch.cat([layer(x)] * 4, dim=-1)
+        return self.head(x[:, :4])
+
+
+def build(pattern: str, seed: int = 0) -> tuple[Model, ADMMState]:
+    torch.manual_seed(seed)
+    model = Model()
+    if distributed.is_initialized():
+        for layer in model.layers:
+            fully_shard(layer)
+        fully_shard(model)
+    state = ADMMState()
+    targets = select_targets(model, parse_pattern(pattern)).targets
+    assert len(targets) == 10
+    state.reset(model, parse_pattern(pattern), targets)
+    return model, state
+
+
+def whole(tensors) -> dict[str, torch.Tensor]:
+    return {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone() for n, t in tensors}
+
+
+def evaluate(model, state) -> torch.Tensor:
+    with state.sparse_weights(), torch.no_grad():
+        return model(torch.linspace(-1, 1, 48).reshape(3, 16)).clone()
+
+
+def train(model, state, steps, folder):
+    """Both phases as the callbacks run them: updates at steps 2 and 4, the switch at 6, an evaluation after each."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    evaluations, figures = [], []
+    for step in range(steps):
+        if step == 0:
+            state.start_admm(0.1)
+        elif step in (2, 4):
+            state.update_dual(step, 0.1 * step)
+        elif step == 6:
+            state.start_srste(step)
+        elif step > 6:
+            state.refresh_masks(step)
+        if state.phase == "srste":
+            state.mask_weights()
+        x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
+        nn.functional.cross_entropy(model(x), torch.arange(8) % 2).backward()
+        if state.masked:
+            state.pull_gradients(0.01)
+            state.unmask_weights()
+        else:
+            state.pull_gradients(state.rho)
+        optimizer.step()
+        optimizer.zero_grad()
+        if step + 1 in (3, 8):
+            checkpoint = folder / str(step + 1)
+            checkpoint.mkdir(exist_ok=True, parents=True)
+            save_sidecar(state, checkpoint, write=not distributed.is_initialized() or distributed.get_rank() == 0)
+        evaluations.append(evaluate(model, state))
+        penalty = state.penalty(1.0)
+        figures.append({name: float(figure) for name, figure in state.figures.items()} | {"penalty": penalty})
+    return torch.stack(evaluations), figures
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    processes = int(os.environ.get("WORLD_SIZE", "1"))
+    if processes > 1:
+        distributed.init_process_group("gloo")
+    rank = distributed.get_rank() if processes > 1 else 0
+    for pattern in PATTERNS:
+        here = Path(folder) / pattern.replace(":", "-")
+        model, state = build(pattern)
+        divided = [n for n, w in state.weights.items() if straddles(w, state.pattern, state.targets[n].transposed)]
+        evaluations, figures = train(model, state, 10, here)
+        state.finish()
+        assert state.audit().ok, state.audit().verdict()
+        results = {"evaluations": evaluations, "weights": whole(model.named_parameters())}
+        restored = {}
+        for step in (3, 8):
+            other, again = build(pattern, seed=1)
+            if processes > 1:
+                distributed.barrier()
+            load_sidecar(again, here / str(step))
+            dense = whole(again.weights.items())
+            assert all(local(again.weights[n]).shape == t.shape for n, t in again.anchors.items())
+            restored[step] = {"phase": again.phase, "weights": dense, "evaluation": evaluate(other, again)}
+        results["restored"] = restored
+        if rank == 0:
+            torch.save(results, here / "results.pt")
+            (here / "figures.json").write_text(json.dumps({"figures": figures, "straddle": divided}))
+    if processes > 1:
+        distributed.barrier()
+        distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
