@@ -221,3 +221,10 @@ def test_generation_sees_sparse_weights(token_data, tmp_path):
     logged = [log["eval_tokens"] for log in trainer.state.log_history if "eval_tokens" in log]
     assert len(logged) == 3 and trainer.evaluate()["eval_tokens"] == logged[-1]
     assert trainer.predict(data[:8]).predictions.shape[0] == 8
+
+
+def test_a_dense_run_goes_on_after_a_bad_loss_as_trainer_does(tiny_bert, token_data, tmp_path):
+    model = tiny_bert()
+    model.classifier.bias.data.fill_(float("inf"))
+    trainer = train(model, token_data(), tmp_path, sparsity_pattern="none", max_steps=2)
+    assert trainer.state.global_step == 2
