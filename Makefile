@@ -1,4 +1,4 @@
-.PHONY: quality style test quickstart clean
+.PHONY: quality style test kill quickstart clean
 
 PYTHON ?= python
 
@@ -13,6 +13,10 @@ style:
 
 test:
 	$(PYTHON) -m pytest
+
+# Ten times the deaths of the tests.
+kill:
+	HF_ADMM_KILLS=300 $(PYTHON) -m pytest tests/test_kill.py
 
 quickstart:
 	$(PYTHON) -m hf_admm.cli quickstart
