@@ -198,7 +198,16 @@ class ADMMTrainingArguments(TrainingArguments):
                     f"{name}={_shown(value)} is not allowed: give names of modules as strings, in a list, or one "
                     "regular expression."
                 )
-        if self.is_sparse and self.max_steps > 0:
+        if not self.is_sparse:
+            return
+        optim = str(getattr(self.optim, "value", self.optim))
+        if optim.startswith("schedule_free") or optim.endswith(("lomo", "layerwise")):
+            raise ValueError(
+                f"optim={optim!r} is not supported by sparse training: it steps within the backward pass or swaps the "
+                "weights at evaluations, behind the mask's back. Choose another optimizer, or set "
+                "sparsity_pattern='none'."
+            )
+        if self.max_steps > 0:
             self.phase_plan(self.max_steps)
 
     @property

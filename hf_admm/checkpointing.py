@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 from contextlib import nullcontext
 from pathlib import Path
 
@@ -81,6 +82,9 @@ class SparseCheckpointsMixin:
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
         if not self._staging:  # uploads run in the background, so the folder must have its name already
+            record = Path(checkpoint_folder) / RECORD_NAME
+            if self.args.should_save and record.is_file():  # Trainer copies a fixed list of files
+                shutil.copy(record, self.args.output_dir)
             super()._push_from_checkpoint(checkpoint_folder)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
@@ -116,8 +120,9 @@ class SparseCheckpointsMixin:
     # ---- Load ----
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        targets = self.select_targets().targets if self.args.is_sparse else {}
-        check_sidecar(resume_from_checkpoint, self.args.pattern, targets)
+        if os.path.isdir(resume_from_checkpoint):  # else Trainer's own message is the better one
+            targets = self.select_targets().targets if self.args.is_sparse else {}
+            check_sidecar(resume_from_checkpoint, self.args.pattern, targets)
         if not self._load_renamed(resume_from_checkpoint):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
 
@@ -137,8 +142,10 @@ class SparseCheckpointsMixin:
         self.sparsity.unmask_weights()
         if not self._load_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
-        if self.sparsity.phase in ("admm", "srste"):
+        # If its file is gone, Trainer warns and goes on with the last weights: `on_train_end` prunes those.
+        if self.sparsity.phase in ("admm", "srste") and self.sparsity.audit().ok:
             self.sparsity.phase = "sparse"
+            self.sparsity.anchors, self.sparsity.masks = {}, {}
         best = Path(self.state.best_model_checkpoint)
         if self.args.is_sparse and self.args.should_save and self.args.save_total_limit == 1:
             rotate(best.parent, 1, [best])  # Trainer is about to do so, file by file

@@ -64,11 +64,15 @@ class ADMMState:
             targets (`Mapping[str, Target]`):
                 The weights to prune, by parameter name.
         """
-        self.unmask_weights()
+        self.clear()
         parameters = dict(model.named_parameters())
-        self.__init__()
         self.model, self.pattern, self.targets = model, pattern, dict(targets)
         self.weights = {name: parameters[name] for name in self.targets}
+
+    def clear(self) -> None:
+        """Forgets all there was, and leaves the last model with its dense weights."""
+        self.unmask_weights()
+        self.__init__()
 
     def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The part of each weight that this process holds, by name. Changing it changes the weight."""
@@ -184,13 +188,13 @@ class ADMMState:
     @torch.no_grad()
     def start_srste(self, step: int) -> None:
         """Enters phase 2: M is the mask of Pi(W), and the anchors become room for the dense weights."""
-        self.phase, self.updated_at, self.figures = "srste", step, {}
         for name, weight in self.local_weights():
             self.masks[name] = self._mask(name)
             if name not in self.anchors or self.anchors[name].dtype != weight.dtype:
                 self.anchors[name] = torch.empty_like(weight)
         kept = {name: mask.sum() for name, mask in self.masks.items()}
-        self.figures["sparsity"] = 1 - self._share(kept).item()
+        self.figures = {"sparsity": 1 - self._share(kept).item()}
+        self.phase, self.updated_at = "srste", step
 
     @torch.no_grad()
     def refresh_masks(self, step: int) -> None:
@@ -212,10 +216,13 @@ class ADMMState:
     @torch.no_grad()
     def mask_weights(self) -> None:
         """Puts M*W in the place of W, and W in the anchor."""
+        # All copies first: whatever interrupts this (memory, a keyboard), the dense weights are in one place or the
+        # other, and `masked` says in which.
         for name, weight in self.local_weights():
             self.anchors[name].copy_(weight)
-            zero_outside(weight, self.masks[name])
         self.masked = True
+        for name, weight in self.local_weights():
+            zero_outside(weight, self.masks[name])
 
     @torch.no_grad()
     def unmask_weights(self) -> None:
@@ -245,20 +252,16 @@ class ADMMState:
             yield
             return
         reshard(self.model)
-        if self.phase == "srste":
-            self.mask_weights()
-        else:
-            dense = {name: weight.clone() for name, weight in self.local_weights()}
-            self.project_weights()
+        admm = self.phase == "admm"
+        dense = {name: weight.clone() for name, weight in self.local_weights()} if admm else {}
         try:
+            self.project_weights() if admm else self.mask_weights()
             yield
         finally:
             reshard(self.model)
-            if self.phase == "srste":
-                self.unmask_weights()
-            else:
-                for name, weight in self.local_weights():
-                    weight.copy_(dense[name])
+            self.unmask_weights()
+            for name, weight in dense.items():
+                local(self.weights[name].detach()).copy_(weight)
 
     def finish(self) -> None:
         """Puts the zeros into the weights for good and drops what only training needs."""

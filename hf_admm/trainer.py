@@ -1,6 +1,7 @@
 """ADMMTrainer: where the method is wired into Trainer."""
 
 import os
+from pathlib import Path
 
 import torch
 from torch import nn
@@ -15,6 +16,7 @@ from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
 from hf_admm.checkpointing import SparseCheckpointsMixin
 from hf_admm.loss_scaling import returns_plain_mean
 from hf_admm.schedules import join_segments
+from hf_admm.shards import reshard
 from hf_admm.state import ADMMState
 from hf_admm.targets import TargetSelection, select_targets
 
@@ -46,6 +48,8 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             )
         self.sparsity = ADMMState()
         self.audit: AuditReport | None = None
+        self._announced = ""
+        self._averages_loss = False
         if isinstance(model, nn.Module) and args.is_sparse:  # some trainers take the name of a model
             # Before Trainer touches the model, so that bad input is refused with the model as it was.
             select_targets(model, args.pattern, args.include, args.exclude)
@@ -53,18 +57,23 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
         self._set_up_sparsity()
 
     def _set_up_sparsity(self) -> None:
+        self.audit, self.sparsity.resumed = None, False
+        if self._averages_loss:
+            self.model_accepts_loss_kwargs, self._averages_loss = True, False
         if not self.args.is_sparse:
-            self.sparsity.phase = None
+            self.sparsity.clear()
             return
         self._check_backend()
+        self._announce()
         if not any(isinstance(callback, ADMMCallback) for callback in self.callback_handler.callbacks):
-            self._announce()
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [ADMMCallback(self.sparsity), SRSTECallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
-        if self.model_accepts_loss_kwargs and returns_plain_mean(self.accelerator.unwrap_model(self.model)):
+        own = self.label_smoother is None and self.compute_loss_func is None
+        model = self.accelerator.unwrap_model(self.model)
+        if own and self.model_accepts_loss_kwargs and returns_plain_mean(model):
             # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
-            self.model_accepts_loss_kwargs = False
+            self.model_accepts_loss_kwargs, self._averages_loss = False, True
             logger.info(f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step.")
 
     def _check_backend(self) -> None:
@@ -80,9 +89,13 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
 
     def _announce(self) -> None:
         selection = self.select_targets()
+        headline = f"pattern {self.args.pattern}, {selection.summary()}"
+        if headline == self._announced:
+            return
+        self._announced = headline
         logger.info(f"Pattern {self.args.pattern}:\n{selection.table()}")
         if self.is_world_process_zero():
-            print(f"hf_admm: pattern {self.args.pattern}, {selection.summary()}")
+            print(f"hf_admm: {headline}")
 
     def select_targets(self) -> TargetSelection:
         """Which weights of the model are pruned by these arguments, and why the others are not."""
@@ -97,11 +110,23 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
     # ---- Training ----
 
     def train(self, *args, **kwargs):
-        self._set_up_sparsity()  # once more: a hyperparameter search may have changed the pattern
-        output = super().train(*args, **kwargs)
+        try:
+            output = super().train(*args, **kwargs)
+        except BaseException:
+            # An error or a keyboard interrupt in the middle of a step of phase 2 comes while the weights are masked.
+            if self.sparsity.masked:
+                reshard(self.sparsity.model)
+                self.sparsity.unmask_weights()
+            raise
         if self.sparsity.phase == "sparse":
             self._audit()
         return output
+
+    def _hp_search_setup(self, trial) -> None:
+        # In every `train()`, after `model_init` has made its model and once a trial has set its arguments.
+        super()._hp_search_setup(trial)
+        self.args.validate_sparsity()
+        self._set_up_sparsity()
 
     def _audit(self) -> None:
         self.audit = self.sparsity.audit()
@@ -149,7 +174,7 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
-        if not loss.isfinite():  # Trainer looks at each loss too, and goes on
+        if self.args.is_sparse and not loss.isfinite():  # Trainer looks at each loss too, and goes on
             self._stop_at_bad_loss(loss)
         # The penalty's exact gradient, once per optimizer step: gradients are accumulated and reduced, not yet
         # clipped. As a term of the loss it would be divided by the accumulation steps and mixed into the logged task
@@ -177,6 +202,18 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
     def evaluation_loop(self, *args, **kwargs):
         with self.sparsity.sparse_weights():
             return super().evaluation_loop(*args, **kwargs)
+
+    def create_model_card(self, language=None, license=None, tags=None, *args, **kwargs) -> None:
+        """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
+        if self.sparsity.phase is None:
+            return super().create_model_card(language, license, tags, *args, **kwargs)
+        tags = [tags] if isinstance(tags, str) else list(tags or [])
+        tags += [tag for tag in ("hf-admm", "sparsity", str(self.sparsity.pattern)) if tag not in tags]
+        super().create_model_card(language, license, tags, *args, **kwargs)
+        if self.is_world_process_zero():
+            pattern, held = self.sparsity.pattern, len(self.sparsity.targets)
+            with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
+                card.write(f"\n### Sparsity\n\nEvery group of {held} weights obeys the pattern `{pattern}`.\n")
 
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):

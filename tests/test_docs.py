@@ -27,7 +27,9 @@ def test_launch_commands(command):
         assert not launch.use_fsdp or launch.fsdp_state_dict_type == "FULL_STATE_DICT"
 
 
-@pytest.mark.parametrize("page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").iterdir())])
+@pytest.mark.parametrize(
+    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").iterdir())]
+)
 def test_links_and_files_exist(page):
     text = (ROOT / page).read_text()
     for link in re.findall(r"\]\((?!http|#)([^)#]+)", text):

@@ -89,7 +89,7 @@ def test_bfloat16_autocast_keeps_float32_weights(tiny_bert, token_data, tmp_path
 
 
 class Scaled(ADMMTrainer):
-    """Scales its loss as fp16 does on a GPU (accelerate refuses fp16 without one); gradients overflow at some steps."""
+    """Scales its loss as fp16 does on a GPU (accelerate refuses fp16 without one); some gradients overflow."""
 
     overflows = ()
 

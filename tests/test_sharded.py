@@ -39,7 +39,6 @@ def test_shards_train_as_the_whole(processes, pattern, runs):
         assert sharded["restored"][step]["phase"] == phase
         for part in ("weights", "evaluation"):
             torch.testing.assert_close(sharded["restored"][step][part], straight["restored"][step][part], **close)
-        torch.testing.assert_close(sharded["restored"][step]["evaluation"], sharded["evaluations"][step - 1], **close)
         # The file is the same whatever the number of processes, so any other number can resume from it.
         files = [load_file(folder / str(step) / SIDECAR_NAME) for folder in (one, many)]
         torch.testing.assert_close(files[1], files[0], **close)

@@ -1,5 +1,6 @@
 """Short training runs for the tests of the trainer."""
 
+import torch
 from transformers import TrainerCallback
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
@@ -25,16 +26,27 @@ SETTINGS = {
 }
 
 
-def train(model, data, folder, trainer_class=ADMMTrainer, callbacks=None, **flags):
-    settings = {**SETTINGS, "save_strategy": "no", **flags}
-    args = ADMMTrainingArguments(output_dir=str(folder), **settings)
-    trainer = trainer_class(model=model, args=args, train_dataset=data, eval_dataset=data[:16], callbacks=callbacks)
+def prepare(model, data, folder, trainer_class=ADMMTrainer, callbacks=None, parts=None, **flags):
+    """A trainer that has not trained yet. `parts` go to the trainer, `flags` to its arguments."""
+    args = ADMMTrainingArguments(output_dir=str(folder), **{**SETTINGS, "save_strategy": "no", **flags})
+    parts = {"eval_dataset": data[:16], **(parts or {})}
+    return trainer_class(model=model, args=args, train_dataset=data, callbacks=callbacks, **parts)
+
+
+def train(*args, **kwargs):
+    """The trainer that [`prepare`] makes, trained."""
+    trainer = prepare(*args, **kwargs)
     trainer.train()
     return trainer
 
 
 def weights(model):
     return {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+
+
+def assert_same_weights(model, expected):
+    for name, weight in expected.items():
+        assert torch.equal(model.get_parameter(name), weight), name
 
 
 def gradients(model):
