@@ -15,6 +15,7 @@ from hf_admm.schedules import RHO_SCHEDULES, PhasePlan, to_steps
 DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
 MASK_MODES = ("dynamic", "fixed")
 
+_REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps")
 # Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
 # from a smaller rho starts at 0, which nothing can be divided by.
 _LEAST_RHO, _MOST = 1e-30, 1e30
@@ -62,6 +63,9 @@ class ADMMTrainingArguments(TrainingArguments):
             `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1.
         srste_decay (`float`, *optional*, defaults to `2e-4`):
             SR-STE's lambda: the decay of the pruned weights, added to their gradient.
+        srste_lr_multiplier (`float`, *optional*, defaults to `1.0`):
+            Peak learning rate of phase 2, as a multiple of `learning_rate`. A pruned network often recovers faster at
+            a higher rate than the one that suits the dense network.
         mask_update_steps (`int`, *optional*, defaults to `1`):
             Optimizer steps between two updates of the mask.
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
@@ -121,6 +125,9 @@ class ADMMTrainingArguments(TrainingArguments):
     srste_decay: float = field(
         default=2e-4, metadata={"help": "Decay of the pruned weights in phase 2, SR-STE's lambda."}
     )
+    srste_lr_multiplier: float = field(
+        default=1.0, metadata={"help": "Peak learning rate of phase 2, as a multiple of learning_rate."}
+    )
     mask_update_steps: int = field(
         default=1, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
     )
@@ -139,7 +146,7 @@ class ADMMTrainingArguments(TrainingArguments):
             raise ValueError(unsupported_backend("FSDP1"))
         if isinstance(self.sparsity_pattern, float):
             self.sparsity_pattern = str(self.sparsity_pattern)
-        for name in ("admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"):
+        for name in _REALS:
             if isinstance(value := getattr(self, name), str):  # YAML 1.1 reads 1e-3 as one
                 with suppress(ValueError):
                     setattr(self, name, float(value))
@@ -167,7 +174,7 @@ class ADMMTrainingArguments(TrainingArguments):
             value = getattr(self, name)
             if not (isinstance(value, str) and value in allowed):
                 raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
-        for name in ("admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"):
+        for name in _REALS:
             value = getattr(self, name)
             if value is None and name == "admm_rho":
                 continue
@@ -177,6 +184,10 @@ class ADMMTrainingArguments(TrainingArguments):
                     f"{name}={_shown(value)} is not allowed: give a finite number of at least 0 (if it is not 0, from "
                     f"{least:g} to {_MOST:g})."
                 )
+        if self.srste_lr_multiplier == 0:
+            raise ValueError(
+                "srste_lr_multiplier=0 is not allowed: phase 2 would not learn at all. Give a number above 0."
+            )
         for name in ("admm_update_steps", "mask_update_steps"):
             value = getattr(self, name)
             if not (_is(Integral, value) and 1 <= value <= _LONGEST):

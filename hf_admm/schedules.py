@@ -76,7 +76,9 @@ def to_steps(name: str, value: float, max_steps: int) -> int:
     return steps
 
 
-def join_segments(multipliers: list[Callable[[int], float]], lengths: list[int]) -> Callable[[int], float]:
+def join_segments(
+    multipliers: list[Callable[[int], float]], lengths: list[int], peaks: list[float]
+) -> Callable[[int], float]:
     """
     One learning-rate multiplier that runs through several, each from its own step 0.
 
@@ -85,14 +87,16 @@ def join_segments(multipliers: list[Callable[[int], float]], lengths: list[int])
             For each segment, from its step to the share of the peak learning rate.
         lengths (`list[int]`):
             Steps of each segment.
+        peaks (`list[float]`):
+            What the multiplier of each segment is multiplied by.
     """
 
     # A plain function: LambdaLR would write the attributes of any other callable into the checkpoint.
     def multiplier(step: int) -> float:
-        for segment, length in zip(multipliers[:-1], lengths[:-1], strict=True):
+        for segment, length, peak in list(zip(multipliers, lengths, peaks, strict=True))[:-1]:
             if step < length:
-                return segment(step)
+                return peak * segment(step)
             step -= length
-        return multipliers[-1](step)
+        return peaks[-1] * multipliers[-1](step)
 
     return multiplier

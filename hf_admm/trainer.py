@@ -141,23 +141,25 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """
-        The learning rate with a segment for each phase: each is a whole schedule of `lr_scheduler_type` from the peak,
-        since a single decay would leave phase 2 nothing to learn with. Warm-up belongs to the first.
+        The learning rate with a segment for each phase: each is a whole schedule of `lr_scheduler_type` from its peak,
+        since a single decay would leave phase 2 nothing to learn with. Each takes its share of the warm-up.
         """
         if not self.args.is_sparse:
             return super().create_scheduler(num_training_steps, optimizer)
-        segments = self.args.phase_plan(num_training_steps).segments
-        if self.lr_scheduler is None and len(segments) > 1:
-            warmups = [self.args.get_warmup_steps(num_training_steps), 0]
-            parts = [self._segment(*segment) for segment in zip(segments, warmups, strict=True)]
+        plan, last = self.args.phase_plan(num_training_steps), self.args.srste_lr_multiplier
+        segments = plan.segments
+        peaks = [1.0, last] if len(segments) > 1 else [1.0 if plan.admm_steps else last]
+        if self.lr_scheduler is None and peaks != [1.0]:
+            warmup = self.args.get_warmup_steps(num_training_steps) / num_training_steps
+            parts = [self._segment(steps, round(warmup * steps)) for steps in segments]
             if all(isinstance(part, LambdaLR) for part in parts):
-                multiplier = join_segments([part.lr_lambdas[0] for part in parts], segments)
+                multiplier = join_segments([part.lr_lambdas[0] for part in parts], segments, peaks)
                 self.lr_scheduler = LambdaLR(optimizer or self.optimizer, multiplier)
                 self._created_lr_scheduler = True
             else:
                 logger.warning(
                     f"lr_scheduler_type={self.args.lr_scheduler_type} has no fixed length, so it runs through both "
-                    "phases instead of starting again at the switch."
+                    "phases, at one peak, instead of starting again at the switch."
                 )
         return super().create_scheduler(num_training_steps, optimizer)
 

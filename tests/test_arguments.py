@@ -24,6 +24,7 @@ DEFAULTS = {
     "admm_penalty": "loss",
     "srste_mask": "dynamic",
     "srste_decay": 2e-4,
+    "srste_lr_multiplier": 1.0,
     "mask_update_steps": 1,
     "mask_freeze_steps": 0.1,
 }
@@ -39,6 +40,7 @@ OTHERS = {
     "admm_penalty": (["decoupled"], "decoupled", "decoupled"),
     "srste_mask": (["fixed"], "fixed", "fixed"),
     "srste_decay": (["0"], "0", 0),
+    "srste_lr_multiplier": (["2.5"], "2.5", 2.5),
     "mask_update_steps": (["4"], "4", 4),
     "mask_freeze_steps": (["0.25"], "0.25", 0.25),
 }
@@ -107,7 +109,7 @@ def test_every_field_parses_from_yaml(name, from_yaml):
     assert {other: getattr(parsed, other) for other in DEFAULTS} == {**DEFAULTS, name: value}
 
 
-@pytest.mark.parametrize("name", ["admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"])
+@pytest.mark.parametrize("name", ["admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps"])
 def test_a_number_that_yaml_reads_as_a_string(name, from_yaml):
     # YAML 1.1 wants a dot before the exponent, and would leave "1e-3" to fail somewhere in training.
     assert getattr(from_yaml(f"{name}: 1e-3"), name) == 0.001

@@ -43,14 +43,19 @@ def test_a_pattern_that_is_no_string(value, arguments):
         arguments(sparsity_pattern=value)
 
 
-@pytest.mark.parametrize("name", ["admm_rho", "srste_decay", "admm_steps", "mask_freeze_steps"])
+@pytest.mark.parametrize("name", ["admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps"])
 @pytest.mark.parametrize("value", [-1, -1e-9, float("nan"), float("inf"), "much"])
 def test_a_bad_number(name, value, arguments):
     with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))} .* a finite number of at least 0"):
         arguments(**{name: value})
 
 
-@pytest.mark.parametrize("name", ["srste_decay", "admm_steps", "mask_freeze_steps"])
+def test_a_phase_that_could_not_learn(arguments):
+    with pytest.raises(ValueError, match="srste_lr_multiplier=0 is not allowed: .* Give a number above 0"):
+        arguments(srste_lr_multiplier=0)
+
+
+@pytest.mark.parametrize("name", ["srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps"])
 def test_a_number_that_is_missing(name, arguments):
     with pytest.raises(ValueError, match=rf"^{name}=None .* a finite number of at least 0"):
         arguments(**{name: None})

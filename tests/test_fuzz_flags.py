@@ -33,6 +33,7 @@ GOOD = {
     "admm_penalty": st.sampled_from(sorted(DEFAULT_RHO)),
     "srste_mask": st.sampled_from(MASK_MODES),
     "srste_decay": st.floats(0, 1),
+    "srste_lr_multiplier": st.floats(1e-3, 10),
     "mask_update_steps": st.integers(1, 100),
     "mask_freeze_steps": st.floats(0, 1) | st.integers(0, 40),
 }

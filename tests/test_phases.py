@@ -98,13 +98,23 @@ def test_the_learning_rate_has_a_segment_for_each_phase(kind, tiny_bert, token_d
     take = Recorder("on_step_begin", lambda state, optimizer=None, **_: optimizer.param_groups[0]["lr"])
     train(
         tiny_bert(), token_data(), tmp_path, callbacks=[take], max_steps=20, admm_steps=0.6, lr_scheduler_type=kind,
-        warmup_steps=2,
+        warmup_steps=5, srste_lr_multiplier=2.0,
     )  # fmt: skip
     rates = take.seen
-    assert rates[0] == 0.0 and rates[2] == 1e-3  # warm-up belongs to the first segment
-    assert rates[12] == 1e-3  # phase 2 starts again from the peak
+    assert rates[0] == 0.0 and rates[3] == max(rates[:12]) == 1e-3  # 3 of the 5 steps of warm-up
+    assert rates[12] == 0.0 and rates[14] == max(rates[12:]) == 2e-3  # the other 2, to a peak of its own
     if kind != "constant_with_warmup":
-        assert rates[11] < 2e-4 and rates[19] < 3e-4 and rates[13] < rates[12]
+        assert rates[11] < 2e-4 and rates[19] < 5e-4 and rates[15] < rates[14]
+
+
+@pytest.mark.parametrize("admm_steps", [0, 20])
+def test_the_only_phase_has_the_peak_of_that_phase(admm_steps, tiny_bert, token_data, tmp_path):
+    take = Recorder("on_step_begin", lambda state, optimizer=None, **_: optimizer.param_groups[0]["lr"])
+    train(
+        tiny_bert(), token_data(), tmp_path, callbacks=[take], max_steps=20, admm_steps=admm_steps,
+        mask_freeze_steps=0, srste_lr_multiplier=3.0,
+    )  # fmt: skip
+    assert max(take.seen) == take.seen[0] == pytest.approx(1e-3 if admm_steps else 3e-3)
 
 
 def test_a_phase_1_without_any_update_is_not_silent(tiny_bert, token_data, tmp_path, caplog):

@@ -135,22 +135,23 @@ def test_joined_segments_equal_independent_schedules(name, lengths):
     for length, warmup in zip(lengths, warmups, strict=True):
         expected += rates(one(name, length, warmup), length)
     parts = [one(name, length, warmup) for length, warmup in zip(lengths, warmups, strict=True)]
-    joined = LambdaLR(optimizer(), join_segments([part.lr_lambdas[0] for part in parts], lengths))
+    peaks = [1.0] * len(lengths)
+    joined = LambdaLR(optimizer(), join_segments([part.lr_lambdas[0] for part in parts], lengths, peaks))
     assert rates(joined, sum(lengths)) == expected
 
 
 def test_the_last_segment_goes_on_past_its_end():
     # LambdaLR asks for one step more than are trained.
-    joined = join_segments([lambda step: 1 - step / 4, lambda step: 0.5 - step / 8], [4, 4])
-    assert [joined(step) for step in (3, 4, 8, 9)] == [0.25, 0.5, 0.0, -0.125]
+    joined = join_segments([lambda step: 1 - step / 4, lambda step: 0.5 - step / 8], [4, 4], [1, 2])
+    assert [joined(step) for step in (3, 4, 8, 9)] == [0.25, 1.0, 0.0, -0.25]
 
 
 def test_segments_without_steps_are_skipped():
-    joined = join_segments([lambda step: 10 + step, lambda step: 20 + step], [0, 2])
+    joined = join_segments([lambda step: 10 + step, lambda step: 20 + step], [0, 2], [1, 1])
     assert [joined(0), joined(1)] == [20, 21]
 
 
 def test_the_joined_schedule_leaves_nothing_in_the_checkpoint():
     # LambdaLR saves the attributes of a callable object, which a later release could not read back.
-    joined = LambdaLR(optimizer(), join_segments([lambda step: 1.0, lambda step: 0.5], [2, 2]))
+    joined = LambdaLR(optimizer(), join_segments([lambda step: 1.0, lambda step: 0.5], [2, 2], [1, 1]))
     assert joined.state_dict()["lr_lambdas"] == [None, None]
