@@ -29,6 +29,7 @@ class ADMMCallback(TrainerCallback):
 
     def __init__(self, state: ADMMState):
         self.state = state
+        self.loss_scale = 1.0  # of the step that is being taken
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if not args.is_sparse:
@@ -69,13 +70,14 @@ class ADMMCallback(TrainerCallback):
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.state.phase == "admm" and args.admm_penalty == "gradient":
             self.state.pull_gradients(self.state.rho)
-        self.state.loss_scale = _loss_scale(optimizer)
+        if self.state.phase == "admm" and args.admm_penalty == "decoupled":
+            self.loss_scale = _loss_scale(optimizer)
 
     def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
         if self.state.phase == "admm" and args.admm_penalty == "decoupled" and self.state.rho:
             # In fp16 a step whose gradients overflowed is skipped, which a fused optimizer does not report: only the
             # scale, halved after each such step, tells.
-            if _loss_scale(optimizer) < self.state.loss_scale:
+            if _loss_scale(optimizer) < self.loss_scale:
                 return
             groups = optimizer.param_groups
             self.state.pull_weights({id(p): group["lr"] * self.state.rho for group in groups for p in group["params"]})

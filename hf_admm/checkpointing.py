@@ -8,12 +8,13 @@ from pathlib import Path
 
 from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
+from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_admm.checkpoint_files import RECORD_NAME, RECORD_VERSION
 from hf_admm.saved_names import load_renamed, saved_names
 from hf_admm.sidecar import check_sidecar, load_sidecar, save_sidecar
-from hf_admm.staging import STAGING_NAME, checkpoint_name, clean_up, publish, rotate
+from hf_admm.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, rotate
 from hf_admm.version import __version__
 
 
@@ -29,13 +30,18 @@ class SparseCheckpointsMixin:
     """
 
     _staging = False
+    last_checkpoint: Path | None = None  # that this training saved, or went on from
 
-    def train(self, *args, **kwargs):
+    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+        self.last_checkpoint = None
         if self.args.is_sparse:
-            if self.args.should_save:
-                clean_up(Path(self.args.output_dir))
+            run_dir = Path(self.args.output_dir)
+            empty = clean_up(run_dir) if self.args.should_save else []
             self.accelerator.wait_for_everyone()  # before anyone looks for the last checkpoint
-        return super().train(*args, **kwargs)
+            if isinstance(resume_from_checkpoint, str | os.PathLike) and Path(resume_from_checkpoint) in empty:
+                given, resume_from_checkpoint = resume_from_checkpoint, get_last_checkpoint(run_dir)
+                logger.warning(f"{given} was never written. Resuming from {resume_from_checkpoint or 'the start'}.")
+        return super().train(resume_from_checkpoint, *args, **kwargs)
 
     # ---- Save ----
 
@@ -45,6 +51,9 @@ class SparseCheckpointsMixin:
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / checkpoint_name(self.state.global_step)
         staged = run_dir / STAGING_NAME / final.name
+        if self.args.should_save:
+            discard(staged)  # of an earlier run
+        self.accelerator.wait_for_everyone()
         self._staging = True
         try:
             super()._save_checkpoint(model, trial)
@@ -56,11 +65,11 @@ class SparseCheckpointsMixin:
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         except BaseException as error:
             if self.args.should_save:
-                clean_up(run_dir)
-            logger.error(
-                f"{final.name} could not be written to {run_dir} ({type(error).__name__}: {error}). What there was of "
-                "it is removed; the checkpoints before it are complete."
-            )
+                discard(staged)
+                logger.error(
+                    f"{final.name} could not be written to {run_dir} ({type(error).__name__}: {error}). What there "
+                    "was of it is removed; the checkpoints before it are complete."
+                )
             raise
         finally:
             self._staging = False
@@ -68,8 +77,9 @@ class SparseCheckpointsMixin:
         if self.args.should_save:
             publish(staged, final)
         self.accelerator.wait_for_everyone()
-        if staged.is_dir() and self.args.local_process_index == 0:  # another node, with a disk of its own
+        if self.args.local_process_index == 0 and not final.exists():  # another node, with a disk of its own
             publish(staged, final)
+        self.last_checkpoint = final
         if self.args.push_to_hub:
             self._push_from_checkpoint(str(final))
         if self.args.should_save:
@@ -129,6 +139,7 @@ class SparseCheckpointsMixin:
     def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.is_sparse:
+            self.last_checkpoint = Path(checkpoint)
             self.sparsity.reset(self.model, self.args.pattern, self.select_targets().targets)
             load_sidecar(self.sparsity, checkpoint)
 
@@ -146,6 +157,8 @@ class SparseCheckpointsMixin:
         if self.sparsity.phase in ("admm", "srste") and self.sparsity.audit().ok:
             self.sparsity.phase = "sparse"
             self.sparsity.anchors, self.sparsity.masks = {}, {}
-        best = Path(self.state.best_model_checkpoint)
+        best, last = Path(self.state.best_model_checkpoint), self.last_checkpoint
+        # Trainer is about to delete the others, file by file. The best may lie in the folder of another run.
         if self.args.is_sparse and self.args.should_save and self.args.save_total_limit == 1:
-            rotate(best.parent, 1, [best])  # Trainer is about to do so, file by file
+            if last is not None and last.parent == best.parent == Path(self._get_output_dir(self._trial)):
+                rotate(best.parent, 1, [best])

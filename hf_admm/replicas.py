@@ -6,6 +6,9 @@ import torch
 from torch import distributed
 
 
+_CHUNK = 1024
+
+
 def check_replicas(tensors: Mapping[str, torch.Tensor]) -> None:
     """
     Compares tensors among all processes by a digest of their bits. Every process must call it; one alone does nothing.
@@ -35,11 +38,20 @@ def check_replicas(tensors: Mapping[str, torch.Tensor]) -> None:
 
 
 def digest(matrix: torch.Tensor) -> torch.Tensor:
-    """An integer that depends on every bit of a matrix and on its place, the same on every device."""
+    """An integer that any change of bits is all but certain to change, the same on every device."""
     bits = matrix.detach().contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
         matrix.element_size()
     ])  # fmt: skip
-    # Sums of integers do not depend on their order, as sums of floats do.
-    sums = [bits.sum(dim=dim, dtype=torch.int64) for dim in (0, 1)]
-    odd = [2 * torch.arange(len(part), device=part.device) + 1 for part in sums]
-    return (sums[0] * odd[0]).sum() * 31 + (sums[1] * odd[1]).sum()
+    # Each entry times a factor of its row and one of its column. Sums of integers do not depend on their order, as
+    # sums of floats do; they wrap around, which harms nothing.
+    rows, columns = (_factors(length, dim, bits.device) for dim, length in enumerate(bits.shape))
+    total = torch.zeros_like(columns)
+    for part, factors in zip(bits.split(_CHUNK), rows.split(_CHUNK), strict=True):  # for the memory
+        total += (part.long() * factors[:, None]).sum(dim=0)
+    return (total * columns).sum()
+
+
+def _factors(length: int, dim: int, device: torch.device) -> torch.Tensor:
+    """Odd pseudo-random integers, by a multiplicative hash of the position, others for rows than for columns."""
+    factors = (torch.arange(1, length + 1, device=device) + (dim << 40)) * 0x1E3779B97F4A7C15
+    return ((factors ^ (factors >> 29)) * 0x3F58476D1CE4E5B9) | 1

@@ -18,6 +18,7 @@ from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
 from hf_admm.checkpoint_files import read_names
+from hf_admm.shards import DTensor
 
 
 logger = logging.get_logger(__name__)
@@ -45,6 +46,8 @@ def saved_names(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: P
 
 
 def _renamed(model: nn.Module, name: str, weight: torch.Tensor) -> str | None:
+    if isinstance(weight, DTensor):  # one process alone writes the record, and can't compare shards
+        return None
     try:
         converted = revert_weight_conversion(model, {name: weight.detach()})
     except Exception:  # whatever its operations raise where they miss the weights that it is fused with

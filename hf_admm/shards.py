@@ -9,11 +9,16 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import nn
-from torch.distributed.fsdp import FSDPModule
-from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+from torch import distributed, nn
 
 from hf_admm.patterns import BlockPattern, NMPattern, SparsityPattern
+
+
+if distributed.is_available():
+    from torch.distributed.fsdp import FSDPModule
+    from torch.distributed.tensor import DTensor, Partial, Replicate, Shard
+else:  # some builds of torch: nothing is an instance of these
+    DTensor = FSDPModule = Partial = Replicate = Shard = ()
 
 
 def local(tensor: torch.Tensor) -> torch.Tensor:
@@ -114,6 +119,7 @@ def total(sums: Mapping[str, torch.Tensor], weights: Mapping[str, torch.Tensor])
 
 def reshard(model: nn.Module) -> None:
     """Frees the gathered copies of the weights that FSDP2 keeps after some forward passes: they would be stale."""
-    for module in model.modules():
-        if isinstance(module, FSDPModule):
-            module.reshard()
+    if isinstance(model, FSDPModule):  # as the outermost module then always is
+        for module in model.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()

@@ -15,11 +15,10 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch.distributed.tensor import DTensor
 
 from hf_admm.patterns import SparsityPattern
 from hf_admm.projections import kept_per_group, to_groups
-from hf_admm.shards import gather, scatter
+from hf_admm.shards import DTensor, gather, scatter
 from hf_admm.state import ADMMState
 from hf_admm.targets import Target
 
@@ -156,7 +155,8 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
             weight = state.weights[name]
             part.copy_(scatter(file.get_tensor(f"weight/{name}").to(part.device), weight))
             # A copy: what safetensors gives on a CPU is the file itself, mapped, and would change with it.
-            companions[name] = scatter(file.get_tensor(f"{kind}/{name}").to(part.device, copy=True), weight)
+            companion = file.get_tensor(f"{kind}/{name}").to(part.device, copy=True)
+            companions[name] = scatter(companion, weight).to(part.device)
     if settings["phase"] == "srste":
         state.anchors = {name: torch.empty_like(part) for name, part in state.local_weights()}
     state.phase, state.rho, state.updated_at = settings["phase"], settings["rho"], settings["updated_at"]

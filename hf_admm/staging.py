@@ -2,7 +2,7 @@
 
 It is written into a staging folder beside the others, whose name no reader of checkpoints takes for one, and renamed
 when all of it is on disk. What is deleted or replaced is renamed into that folder first. So whenever a run is killed,
-every `checkpoint-*` folder is complete.
+every `checkpoint-*` folder is complete; or it holds nothing but a mark, if it was the save of `enable_jit_checkpoint`.
 """
 
 import os
@@ -36,16 +36,18 @@ def publish(staged: Path, final: Path) -> None:
         final (`Path`):
             Its name from now on.
     """
+    if not staged.is_dir():
+        return
     for file in staged.rglob("*"):
         if file.is_file():
             _sync(file)
     replaced = staged.with_name(_REPLACED + final.name)
     if final.exists():
-        shutil.rmtree(replaced, ignore_errors=True)
+        _remove(replaced)
         os.replace(final, replaced)
     os.replace(staged, final)
     _sync(final.parent)
-    shutil.rmtree(replaced, ignore_errors=True)
+    _remove(replaced)
     _remove_if_empty(staged.parent)
 
 
@@ -53,10 +55,16 @@ def delete(folder: Path) -> None:
     """Deletes a checkpoint, which leaves its place as a whole."""
     doomed = folder.parent / STAGING_NAME / f"deleted-{folder.name}"
     doomed.parent.mkdir(exist_ok=True)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
     os.replace(folder, doomed)
-    shutil.rmtree(doomed, ignore_errors=True)
+    _remove(doomed)
     _remove_if_empty(doomed.parent)
+
+
+def discard(staged: Path) -> None:
+    """Removes what there is of an unfinished checkpoint."""
+    _remove(staged)
+    _remove_if_empty(staged.parent)
 
 
 def rotate(run_dir: Path, limit: int | None, keep: list[Path]) -> None:
@@ -79,7 +87,7 @@ def rotate(run_dir: Path, limit: int | None, keep: list[Path]) -> None:
         delete(folder)
 
 
-def clean_up(run_dir: Path) -> None:
+def clean_up(run_dir: Path) -> list[Path]:
     """
     Puts in order what a killed run left: unfinished saves and deletions go; a checkpoint that was about to be replaced
     and is missing comes back.
@@ -87,16 +95,20 @@ def clean_up(run_dir: Path) -> None:
     Args:
         run_dir (`Path`):
             The folder that holds the checkpoints. Need not exist.
+
+    Returns:
+        `list[Path]`: The folders with the name of a checkpoint that held nothing of one, and are gone.
     """
     staging = run_dir / STAGING_NAME
     for replaced in staging.glob(f"{_REPLACED}*"):
         final = run_dir / replaced.name.removeprefix(_REPLACED)
         if not final.exists():
             os.replace(replaced, final)
-    shutil.rmtree(staging, ignore_errors=True)
-    for _, folder in _checkpoints(run_dir):
-        if os.listdir(folder) == [_SENTINEL]:
-            shutil.rmtree(folder, ignore_errors=True)
+    _remove(staging)
+    empty = [folder for _, folder in _checkpoints(run_dir) if os.listdir(folder) == [_SENTINEL]]
+    for folder in empty:
+        _remove(folder)
+    return empty
 
 
 def _checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
@@ -108,11 +120,18 @@ def _sync(path: Path) -> None:
     """A rename must not reach the disk before what it names."""
     if path.is_dir() and os.name != "posix":
         return
-    descriptor = os.open(path, os.O_RDONLY)
+    # Windows syncs through a descriptor that may write, and no folders.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
     try:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def _remove(folder: Path) -> None:
+    if folder.is_symlink():  # a checkpoint that was moved to another disk, which stays there
+        folder.unlink()
+    shutil.rmtree(folder, ignore_errors=True)
 
 
 def _remove_if_empty(folder: Path) -> None:

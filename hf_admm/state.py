@@ -14,14 +14,13 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hf_admm.audit import AuditReport, audit_weights
 from hf_admm.patterns import SparsityPattern
 from hf_admm.projections import sparsity_mask, zero_outside
 from hf_admm.replicas import check_replicas
-from hf_admm.shards import gather, local, reshard, scatter, shard_count, straddles, total
-from hf_admm.targets import Target
+from hf_admm.shards import DTensor, gather, local, reshard, scatter, shard_count, straddles, total
+from hf_admm.targets import Target, named_parameters
 from hf_admm.updates import dual_step, proximal_step, pull
 
 
@@ -47,7 +46,6 @@ class ADMMState:
         self.masks: dict[str, torch.Tensor] = {}
         self.rho = 0.0
         self.updated_at = 0
-        self.loss_scale = 1.0  # of the step that is being taken, above 1 in fp16
         self.masked = False
         self.resumed = False
         self.figures: dict[str, float | torch.Tensor] = {}  # tensors are read when logged: no wait for the device
@@ -65,7 +63,7 @@ class ADMMState:
                 The weights to prune, by parameter name.
         """
         self.clear()
-        parameters = dict(model.named_parameters())
+        parameters = named_parameters(model)
         self.model, self.pattern, self.targets = model, pattern, dict(targets)
         self.weights = {name: parameters[name] for name in self.targets}
 
@@ -216,6 +214,7 @@ class ADMMState:
     @torch.no_grad()
     def mask_weights(self) -> None:
         """Puts M*W in the place of W, and W in the anchor."""
+        reshard(self.model)
         # All copies first: whatever interrupts this (memory, a keyboard), the dense weights are in one place or the
         # other, and `masked` says in which.
         for name, weight in self.local_weights():

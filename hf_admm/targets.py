@@ -118,7 +118,7 @@ def select_targets(
         `ValueError`: If the model is quantized or its base is frozen under adapters, if no layer matches, if a name
             matches none, or if the pattern does not fit a layer (all of them are named).
     """
-    modules = dict(model.named_modules())
+    modules = {clean_name(name): module for name, module in model.named_modules()}
     linear = {name: module for name, module in modules.items() if isinstance(module, nn.Linear | Conv1D)}
     _refuse_quantized(model, linear)
     _refuse_frozen_base(model, linear)
@@ -142,7 +142,7 @@ def select_targets(
         return None if weight.requires_grad else "frozen"
 
     targets, left_out = {}, {}
-    for name, parameter in model.named_parameters():
+    for name, parameter in named_parameters(model).items():
         module = name.removesuffix(".weight")
         if parameter.dim() < 2:
             continue
@@ -159,6 +159,16 @@ def select_targets(
         raise ValueError(_nothing_matched(model, selection, include, exclude))
     _check_fit(selection, pattern, exclude)
     return selection
+
+
+def clean_name(name: str) -> str:
+    """A name without what activation checkpointing under FSDP puts into it, and no file has."""
+    return name.replace("_checkpoint_wrapped_module.", "").removesuffix("._checkpoint_wrapped_module")
+
+
+def named_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters of a model by the names that targets have."""
+    return {clean_name(name): parameter for name, parameter in model.named_parameters()}
 
 
 def _left_by_default(name: str, stacks: list[str]) -> str | None:

@@ -1,13 +1,12 @@
 """ADMMTrainer: where the method is wired into Trainer."""
 
-import os
+import math
 from pathlib import Path
 
 import torch
 from torch import nn
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
-from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
 from hf_admm.arguments import ADMMTrainingArguments, unsupported_backend
@@ -16,7 +15,7 @@ from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
 from hf_admm.checkpointing import SparseCheckpointsMixin
 from hf_admm.loss_scaling import returns_plain_mean
 from hf_admm.schedules import join_segments
-from hf_admm.shards import reshard
+from hf_admm.shards import DTensor, reshard
 from hf_admm.state import ADMMState
 from hf_admm.targets import TargetSelection, select_targets
 
@@ -177,7 +176,8 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
     def training_step(self, *args, **kwargs) -> torch.Tensor:
         loss = super().training_step(*args, **kwargs)
         if self.args.is_sparse and not loss.isfinite():  # Trainer looks at each loss too, and goes on
-            self._stop_at_bad_loss(loss)
+            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
+            self._stop_at("loss", loss.item(), inputs)
         # The penalty's exact gradient, once per optimizer step: gradients are accumulated and reduced, not yet
         # clipped. As a term of the loss it would be divided by the accumulation steps and mixed into the logged task
         # loss.
@@ -186,14 +186,28 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             self.sparsity.pull_gradients(self.sparsity.rho * (1.0 if scaler is None else scaler.get_scale()))
         return loss
 
-    def _stop_at_bad_loss(self, loss: torch.Tensor) -> None:
+    def _get_grad_norm(self, model, grad_norm=None):
+        grad_norm = super()._get_grad_norm(model, grad_norm)
+        if self.args.is_sparse:
+            # The gradients of all processes: where the loss of one is not finite, every one stops.
+            norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
+            if not math.isfinite(norm):
+                self._stop_at("norm of the gradients", norm)
+        return grad_norm
+
+    def _stop_at(self, what: str, value: float, inputs: dict | None = None) -> None:
         """Every weight would be NaN after this step, and every later checkpoint with them."""
-        last = get_last_checkpoint(self.args.output_dir) if os.path.isdir(self.args.output_dir) else None
+        scaler = self.accelerator.scaler
+        if scaler is not None and scaler.get_scale() >= 1.0:
+            return  # fp16: the step is skipped and the scale halved, until it is clear that it was not the scale
+        labels = (inputs or {}).get("labels")
+        if isinstance(labels, torch.Tensor) and (labels == -100).all():
+            return  # a mean over no label at all, whose gradient is zero
         raise FloatingPointError(
-            f"The loss of step {self.state.global_step + 1} is {loss.item()}: training stops before the weights take "
-            f"it in. The last checkpoint is {last or 'none, nothing was saved yet'}. Resume from there with a lower "
-            "learning_rate or max_grad_norm, in bf16 or float32 instead of fp16, and look for examples without "
-            "labels or with extreme values."
+            f"The {what} of step {self.state.global_step + 1} is {value}: training stops before the weights take it "
+            f"in. The last checkpoint is {self.last_checkpoint or 'none, nothing was saved yet'}. Resume from there "
+            "with a lower learning_rate or max_grad_norm, in bf16 or float32 instead of fp16, and look for examples "
+            "with extreme values."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -205,13 +219,16 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
         with self.sparsity.sparse_weights():
             return super().evaluation_loop(*args, **kwargs)
 
-    def create_model_card(self, language=None, license=None, tags=None, *args, **kwargs) -> None:
+    def create_model_card(self, *args, **kwargs) -> None:
         """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
         if self.sparsity.phase is None:
-            return super().create_model_card(language, license, tags, *args, **kwargs)
-        tags = [tags] if isinstance(tags, str) else list(tags or [])
-        tags += [tag for tag in ("hf-admm", "sparsity", str(self.sparsity.pattern)) if tag not in tags]
-        super().create_model_card(language, license, tags, *args, **kwargs)
+            return super().create_model_card(*args, **kwargs)
+        if len(args) < 3:  # `tags` is the third argument of Trainer's method, and of those of TRL's trainers
+            tags = kwargs.get("tags") or []
+            tags = [tags] if isinstance(tags, str) else list(tags)
+            ours = ("hf-admm", "sparsity", str(self.sparsity.pattern))
+            kwargs["tags"] = tags + [tag for tag in ours if tag not in tags]
+        super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
             pattern, held = self.sparsity.pattern, len(self.sparsity.targets)
             with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:

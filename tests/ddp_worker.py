@@ -21,6 +21,14 @@ class Fault(TrainerCallback):
             entry.copy_(~entry if self.kind == "mask" else entry + 1e-3)
 
 
+class Spoilt(ADMMTrainer):
+    """Its loss is NaN at one step on the second process."""
+
+    def compute_loss(self, *args, **kwargs):
+        loss = super().compute_loss(*args, **kwargs)
+        return loss * float("nan") if self.args.process_index == 1 and self.state.global_step == 7 else loss
+
+
 def main(folder: str, batch_size: int, resume: str, fault: str) -> None:
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -36,8 +44,9 @@ def main(folder: str, batch_size: int, resume: str, fault: str) -> None:
         admm_update_steps=2, admm_rho=2.0, srste_decay=0.01, save_steps=3, logging_steps=1, report_to="none",
         disable_tqdm=True, use_cpu=True, mask_update_steps=4 if fault == "mask" else 1,  # or it mends itself
     )  # fmt: skip
-    trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16])
-    if fault:
+    trainer_class = Spoilt if fault == "loss" else ADMMTrainer
+    trainer = trainer_class(model, args, train_dataset=data, eval_dataset=data[:16])
+    if fault and fault != "loss":
         callback = Fault(fault)
         callback.state = trainer.sparsity
         trainer.add_callback(callback)

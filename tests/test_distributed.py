@@ -66,6 +66,14 @@ def test_replicas_that_drift_apart_are_noticed(fault, tmp_path):
     assert (name if fault == "weight" else f"{fault} of {name}") in message[1].split(", ")
 
 
+@needs_gloo
+def test_a_bad_loss_on_one_process_stops_them_all(tmp_path):
+    """Each for itself, before its optimizer steps: none is left to wait for the others."""
+    stderr = run(2, tmp_path / "run", fault="loss", fails=True)
+    assert "The loss of step 8 is nan" in stderr and "The norm of the gradients of step 8 is nan" in stderr
+    assert "checkpoint-6. Resume from there" in stderr
+
+
 # ---- The digest itself ----
 
 
@@ -79,6 +87,17 @@ def test_a_digest_sees_every_entry_and_its_place(dtype):
         changed.view(-1)[entry] = ~changed.view(-1)[entry] if dtype is torch.bool else changed.view(-1)[entry] * 1.01
         digests.add(digest(changed).item())
     assert len(digests) == 3 + matrix.numel()
+
+
+def test_a_digest_sees_flips_that_leave_every_sum_as_it_is():
+    """Masks of N:M patterns have the same sum in every row, and two flips may cancel in the columns."""
+    mask = torch.tensor([[1, 0, 0, 1], [0, 1, 1, 0]], dtype=torch.bool).repeat(600, 2)
+    digests = {digest(mask).item()}
+    for row in range(0, 1200, 2):
+        other = mask.clone()
+        other[row : row + 2] = mask[row : row + 2].flip(0)
+        digests.add(digest(other).item())
+    assert len(digests) == 601
 
 
 def test_one_process_has_nothing_to_compare():

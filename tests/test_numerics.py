@@ -44,6 +44,16 @@ def test_a_loss_that_is_not_finite_stops_the_run(bad, step, tiny_bert, token_dat
         assert resumed.audit.ok and resumed.state.global_step == STEPS
 
 
+@pytest.mark.parametrize("penalty", PENALTIES)
+def test_a_batch_without_a_label_changes_nothing(penalty, tiny_gpt2, token_data, tmp_path):
+    """Its mean loss is NaN and its gradient zero, as in plain Trainer: truncated prompts are common."""
+    data = token_data(32, labels=None)
+    for row in data:
+        row["labels"] = torch.full_like(row["labels"], -100)
+    trainer = train(tiny_gpt2(), data, tmp_path, admm_penalty=penalty)
+    assert trainer.audit.ok and all(weight.isfinite().all() for weight in trainer.model.parameters())
+
+
 # ---- bfloat16 ----
 
 
@@ -128,6 +138,13 @@ def test_a_scaled_loss_changes_nothing(penalty, scaled, tiny_bert, token_data, t
     assert trainer.accelerator.scaler.get_scale() == 1024.0
     for name, weight in weights(plain.model).items():
         assert torch.equal(weight, trainer.model.get_parameter(name)), name
+
+
+def test_an_overflow_that_no_scale_mends_stops_the_run(scaled, tiny_bert, token_data, tmp_path):
+    """From a scale of 1024, eleven steps in a row: halved below 1, the scale is not what makes them overflow."""
+    cls = type("Overflowing", (scaled,), {"overflows": range(STEPS)})
+    with pytest.raises(FloatingPointError, match="The norm of the gradients of step 12 is (inf|nan)"):
+        train(tiny_bert(), token_data(), tmp_path, cls)
 
 
 @pytest.mark.parametrize("optim", ["adamw_torch_fused", "adamw_torch"])

@@ -10,8 +10,9 @@ import transformers.trainer
 from huggingface_hub import ModelCard
 from huggingface_hub.utils import filter_repo_objects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import Trainer
 
-from hf_admm import audit_checkpoint
+from hf_admm import ADMMTrainerMixin, audit_checkpoint
 from tiny_runs import train
 
 
@@ -56,6 +57,27 @@ def test_every_push_to_the_hub_is_a_sparse_model(strategy, tiny_bert, token_data
     card = ModelCard.load(hub.pushes[-1][1] / "README.md")
     assert {"mine", "hf-admm", "sparsity", "2:4"} <= set(card.data.tags)
     assert "Every group of 12 weights obeys the pattern `2:4`." in card.text
+
+
+def test_the_card_of_a_trainer_with_other_arguments(tiny_bert, token_data, tmp_path):
+    """TRL's trainers take the name of a data set in the second place, and make a card at each checkpoint."""
+    cards = []
+
+    class Other(Trainer):
+        def create_model_card(self, model_name=None, dataset_name=None, tags=None):
+            cards.append((model_name, dataset_name, tags))
+            (Path(self.args.output_dir) / "README.md").write_text("# Card\n")
+
+        def _save_checkpoint(self, model, trial):
+            self.create_model_card(model_name="mine")
+            super()._save_checkpoint(model, trial)
+
+    sparse = type("Sparse", (ADMMTrainerMixin, Other), {})
+    for pattern in ("2:4", "none"):
+        train(
+            tiny_bert(), token_data(), tmp_path, sparse, sparsity_pattern=pattern, save_strategy="steps", save_steps=12
+        )
+    assert cards == [("mine", None, ["hf-admm", "sparsity", "2:4"]), ("mine", None, None)]
 
 
 def test_the_card_of_a_dense_run_is_that_of_trainer(tiny_bert, token_data, tmp_path):

@@ -73,7 +73,51 @@ def test_what_was_written_last_is_the_newest(tmp_path):
     assert names(tmp_path) == ["checkpoint-12", "checkpoint-3"]
 
 
+def test_a_checkpoint_that_is_a_link_gives_way(tmp_path):
+    elsewhere = make(tmp_path / "elsewhere", "old")
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoint-3").symlink_to(elsewhere)
+    publish(make(run / STAGING_NAME / "checkpoint-3"), run / "checkpoint-3")
+    assert names(run) == ["checkpoint-3"] and (run / "checkpoint-3" / "file").read_text() == "new"
+    assert (elsewhere / "file").read_text() == "old"
+
+
 # ---- In a run ----
+
+
+def test_the_best_checkpoint_of_another_run_keeps_its_neighbours(tiny_bert, token_data, tmp_path):
+    """Resumed from there into a folder of its own, where nothing is better."""
+    data = token_data()
+    flags = {
+        "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2, "load_best_model_at_end": True,
+        "metric_for_best_model": "score",
+    }  # fmt: skip
+
+    def score(trainer, best):
+        trainer.compute_metrics = lambda prediction: {"score": float(trainer.state.global_step == best)}
+        return trainer
+
+    score(build(tiny_bert(), data, tmp_path / "first", **flags), 2).train()
+    before = names(tmp_path / "first")
+    second = score(build(tiny_bert(), data, tmp_path / "second", **flags, save_total_limit=1), 2)
+    second.train(resume_from_checkpoint=str(tmp_path / "first" / "checkpoint-4"))
+    assert second.state.best_model_checkpoint == str(tmp_path / "first" / "checkpoint-2")
+    assert names(tmp_path / "first") == before and len(before) == 6
+
+
+def test_a_save_that_sigterm_began_and_a_kill_ended(tiny_bert, token_data, tmp_path, caplog):
+    """Scripts ask for the last checkpoint before they build a trainer, and get a folder with nothing but a mark."""
+    data = token_data()
+    build(tiny_bert(), data, tmp_path, max_steps=4, admm_steps=2).train()
+    mark = tmp_path / "checkpoint-5" / "checkpoint-is-incomplete.txt"
+    mark.parent.mkdir()
+    mark.touch()
+    last = get_last_checkpoint(tmp_path)
+    assert last == str(mark.parent)
+    trainer = build(tiny_bert(), data, tmp_path)
+    trainer.train(resume_from_checkpoint=last)
+    assert "checkpoint-5 was never written. Resuming from" in caplog.text and trainer.state.global_step == 12
 
 
 @pytest.mark.parametrize("kilobytes", [8, 40])
@@ -149,8 +193,6 @@ def test_sigterm_itself_leaves_a_checkpoint(tiny_bert, token_data, tmp_path):
         def on_step_end(self, args, state, control, **kwargs):
             if state.global_step == 2:
                 os.kill(os.getpid(), signal.SIGTERM)
-            if manager._original_sigterm_handler is not None and state.global_step < 2000:
-                control.should_training_stop = False
 
     trainer = build(
         tiny_bert(), token_data(), tmp_path, save_strategy="no", enable_jit_checkpoint=True, max_steps=4000

@@ -7,6 +7,7 @@ from torch import nn
 from transformers.pytorch_utils import Conv1D
 
 from hf_admm.patterns import parse_pattern
+from hf_admm.state import ADMMState
 from hf_admm.targets import select_targets
 
 
@@ -270,3 +271,18 @@ def test_the_table_shows_every_matrix_with_its_shape_and_reason(tiny_gpt2):
 def test_the_summary_of_a_model_that_is_pruned_whole():
     selection = select_targets(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), PATTERN)
     assert selection.summary() == "2 weights pruned (40 entries, 100.0% of all matrices); left dense: none"
+
+
+def test_activation_checkpointing_changes_no_name(tiny_bert):
+    """Under FSDP it wraps the layers, and every name below gains a part that no file has."""
+    wrapper = pytest.importorskip("torch.distributed.algorithms._checkpoint.checkpoint_wrapper")
+    model, pattern = tiny_bert(), parse_pattern("2:4")
+    plain = select_targets(model, pattern)
+    for index, layer in enumerate(model.bert.encoder.layer):
+        model.bert.encoder.layer[index] = wrapper.checkpoint_wrapper(layer)
+    assert any("_checkpoint_wrapped_module" in name for name, _ in model.named_parameters())
+    wrapped = select_targets(model, pattern)
+    assert wrapped == plain
+    state = ADMMState()
+    state.reset(model, pattern, wrapped.targets)
+    assert set(state.weights) == set(plain.targets)
