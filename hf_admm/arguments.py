@@ -14,6 +14,8 @@ from hf_admm.schedules import RHO_SCHEDULES, PhasePlan, to_steps
 # Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
 DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
 MASK_MODES = ("dynamic", "fixed")
+# Those that need no lr_scheduler_kwargs, and end when they are told to.
+PLAIN_SCHEDULERS = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
 _REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps")
 # Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
@@ -56,6 +58,10 @@ class ADMMTrainingArguments(TrainingArguments):
             Where the penalty enters. `"loss"`: its exact gradient joins the gradient of the loss, before clipping.
             `"gradient"`: the same after clipping. `"decoupled"`: a proximal step beside the optimizer, as AdamW's
             decay.
+
+        admm_lr_scheduler_type (`str`, *optional*):
+            Schedule of the learning rate in phase 1, one of those without arguments. `None` takes `lr_scheduler_type`.
+            With `"constant_with_warmup"` W can follow Z until the switch, and phase 2 begins without a jump.
 
         > Parameters that control phase 2, SR-STE
 
@@ -118,6 +124,13 @@ class ADMMTrainingArguments(TrainingArguments):
             "'decoupled' (a proximal step beside the optimizer)."
         },
     )
+    admm_lr_scheduler_type: str | None = field(
+        default=None,
+        metadata={
+            "help": f"Schedule of the learning rate in phase 1: {', '.join(PLAIN_SCHEDULERS)}. By default "
+            "lr_scheduler_type."
+        },
+    )
     srste_mask: str = field(
         default="dynamic",
         metadata={"help": "Mask of phase 2: 'dynamic' (follows the weights) or 'fixed' (frozen at the switch)."},
@@ -170,8 +183,11 @@ class ADMMTrainingArguments(TrainingArguments):
             ("admm_rho_schedule", tuple(RHO_SCHEDULES)),
             ("admm_penalty", tuple(DEFAULT_RHO)),
             ("srste_mask", MASK_MODES),
+            ("admm_lr_scheduler_type", PLAIN_SCHEDULERS),
         ):
             value = getattr(self, name)
+            if value is None and name == "admm_lr_scheduler_type":
+                continue
             if not (isinstance(value, str) and value in allowed):
                 raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
         for name in _REALS:

@@ -140,17 +140,20 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
         """
-        The learning rate with a segment for each phase: each is a whole schedule of `lr_scheduler_type` from its peak,
-        since a single decay would leave phase 2 nothing to learn with. Each takes its share of the warm-up.
+        The learning rate with a segment for each phase: each is a whole schedule of `lr_scheduler_type`, or of
+        `admm_lr_scheduler_type` in phase 1, from its peak, since a single decay would leave phase 2 nothing to learn
+        with. Each takes its share of the warm-up.
         """
         if not self.args.is_sparse:
             return super().create_scheduler(num_training_steps, optimizer)
         plan, last = self.args.phase_plan(num_training_steps), self.args.srste_lr_multiplier
         segments = plan.segments
         peaks = [1.0, last] if len(segments) > 1 else [1.0 if plan.admm_steps else last]
-        if self.lr_scheduler is None and peaks != [1.0]:
+        own = len(segments) > 1 or peaks != [1.0] or (plan.admm_steps and self.args.admm_lr_scheduler_type)
+        if self.lr_scheduler is None and own:
             warmup = self.args.get_warmup_steps(num_training_steps) / num_training_steps
-            parts = [self._segment(steps, round(warmup * steps)) for steps in segments]
+            kinds = ([self.args.admm_lr_scheduler_type] if plan.admm_steps else []) + [None]
+            parts = [self._segment(steps, round(warmup * steps), kinds[i]) for i, steps in enumerate(segments)]
             if all(isinstance(part, LambdaLR) for part in parts):
                 multiplier = join_segments([part.lr_lambdas[0] for part in parts], segments, peaks)
                 self.lr_scheduler = LambdaLR(optimizer or self.optimizer, multiplier)
@@ -162,15 +165,15 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
                 )
         return super().create_scheduler(num_training_steps, optimizer)
 
-    def _segment(self, steps: int, warmup_steps: int):
+    def _segment(self, steps: int, warmup_steps: int, kind: str | None):
         """The schedule of one phase, on a stand-in optimizer: only its multiplier is wanted."""
         stand_in = torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate)
         return get_scheduler(
-            self.args.lr_scheduler_type,
+            kind or self.args.lr_scheduler_type,
             optimizer=stand_in,
             num_warmup_steps=warmup_steps,
             num_training_steps=steps,
-            scheduler_specific_kwargs=self.args.lr_scheduler_kwargs,
+            scheduler_specific_kwargs=None if kind else self.args.lr_scheduler_kwargs,
         )
 
     def training_step(self, *args, **kwargs) -> torch.Tensor:

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import HfArgumentParser
 
-from hf_admm.arguments import DEFAULT_RHO, MASK_MODES, ADMMTrainingArguments
+from hf_admm.arguments import DEFAULT_RHO, MASK_MODES, PLAIN_SCHEDULERS, ADMMTrainingArguments
 from hf_admm.patterns import parse_pattern
 from hf_admm.schedules import RHO_SCHEDULES
 from hf_admm.targets import select_targets
@@ -31,6 +31,7 @@ GOOD = {
     "admm_rho_schedule": st.sampled_from(sorted(RHO_SCHEDULES)),
     "admm_update_steps": st.integers(1, 100),
     "admm_penalty": st.sampled_from(sorted(DEFAULT_RHO)),
+    "admm_lr_scheduler_type": st.none() | st.sampled_from(PLAIN_SCHEDULERS),
     "srste_mask": st.sampled_from(MASK_MODES),
     "srste_decay": st.floats(0, 1),
     "srste_lr_multiplier": st.floats(1e-3, 10),

@@ -107,6 +107,15 @@ def test_the_learning_rate_has_a_segment_for_each_phase(kind, tiny_bert, token_d
         assert rates[11] < 2e-4 and rates[19] < 5e-4 and rates[15] < rates[14]
 
 
+def test_phase_1_may_hold_the_learning_rate(tiny_bert, token_data, tmp_path):
+    take = Recorder("on_step_begin", lambda state, optimizer=None, **_: optimizer.param_groups[0]["lr"])
+    train(
+        tiny_bert(), token_data(), tmp_path, callbacks=[take], max_steps=20, admm_steps=12,
+        admm_lr_scheduler_type="constant_with_warmup", warmup_steps=5,
+    )  # fmt: skip
+    assert take.seen[3:12] == [1e-3] * 9 and take.seen[14] == 1e-3 and take.seen[19] < 3e-4
+
+
 @pytest.mark.parametrize("admm_steps", [0, 20])
 def test_the_only_phase_has_the_peak_of_that_phase(admm_steps, tiny_bert, token_data, tmp_path):
     take = Recorder("on_step_begin", lambda state, optimizer=None, **_: optimizer.param_groups[0]["lr"])
