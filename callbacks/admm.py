@@ -38,6 +38,12 @@ class ADMMCallback(TrainerCallback):
         plan = args.phase_plan(state.max_steps)
         if self.state.resumed:
             self.state.resumed = False
+            now = plan.rho(args.rho, args.admm_rho_schedule, state.global_step)
+            if self.state.phase == "admm" and now < self.state.rho:
+                logger.warning(
+                    f"rho is {self.state.rho:g} in the checkpoint and would be {now:g} now. It can't fall within "
+                    f"phase 1, where U is scaled by it: it stays at {self.state.rho:g}."
+                )
             return
         selection = select_targets(model, args.pattern, args.include, args.exclude)
         self.state.reset(model, args.pattern, selection.targets)
@@ -64,7 +70,8 @@ class ADMMCallback(TrainerCallback):
             return
         plan = args.phase_plan(state.max_steps)
         if step < plan.admm_steps:
-            self.state.update_dual(step, plan.rho(args.rho, args.admm_rho_schedule, step))
+            rho = plan.rho(args.rho, args.admm_rho_schedule, step)
+            self.state.update_dual(step, max(rho, self.state.rho))
             self.state.check_replicas()
 
     def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):

@@ -126,6 +126,17 @@ def test_a_longer_run_goes_on_from_a_checkpoint(tiny_bert, token_data, tmp_path)
     assert longer.state.global_step == 16 and longer.audit.ok
 
 
+@pytest.mark.parametrize("flags", [{"admm_rho": 0.05}, {"max_steps": 40, "admm_steps": 30}])
+def test_rho_never_falls_on_a_resume(flags, tiny_bert, token_data, tmp_path, caplog):
+    """Given a lower one, or a ramp that is longer than before: Z could not be read off the anchors any more."""
+    data = token_data()
+    build(tiny_bert(), data, tmp_path, admm_rho_schedule="linear").train()
+    resumed = build(tiny_bert(), data, tmp_path, **{"admm_rho_schedule": "linear", **flags})
+    resumed.train(resume_from_checkpoint=str(tmp_path / "checkpoint-4"))
+    rhos = [log["admm/rho"] for log in resumed.state.log_history if log.get("admm/phase") == 1]
+    assert rhos == sorted(rhos) and "It can't fall within phase 1" in caplog.text and resumed.audit.ok
+
+
 # ---- Bad input ----
 
 
