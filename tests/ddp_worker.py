@@ -6,6 +6,7 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
+from launch import leave
 
 
 class Fault(TrainerCallback):
@@ -55,9 +56,8 @@ def main(folder: str, batch_size: int, resume: str, fault: str) -> None:
     rank = args.process_index
     torch.save({name: weight.detach() for name, weight in model.named_parameters()}, f"{folder}/rank{rank}.pt")
     trainer.save_model(f"{folder}/model")
-    if args.world_size > 1:
-        torch.distributed.destroy_process_group()
 
 
 if __name__ == "__main__":
     main(sys.argv[1], int(sys.argv[2]), *sys.argv[3:])
+    leave()

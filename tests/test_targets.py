@@ -6,6 +6,7 @@ import transformers
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from architectures import SMALL
 from hf_admm.patterns import parse_pattern
 from hf_admm.state import ADMMState
 from hf_admm.targets import select_targets
@@ -20,16 +21,6 @@ BERT_LAYER = [
     "intermediate.dense",
     "output.dense",
 ]
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "bos_token_id": 0,
-    "eos_token_id": 0,
-    "pad_token_id": 0,
-}
 BART = {
     "vocab_size": 64,
     "d_model": 16,
@@ -99,13 +90,8 @@ def test_a_conv1d_is_fitted_along_its_own_input_dimension():
     assert list(select_targets(nn.Sequential(Conv1D(6, 8)), PATTERN).targets) == ["0.weight"]
 
 
+# Heads beyond those of tests/architectures.py.
 FAMILIES = {
-    "RobertaForSequenceClassification": (
-        SMALL,
-        12,
-        "roberta.encoder.layer.0.attention.self.query",
-        {"head": {"classifier.dense", "classifier.out_proj"}},
-    ),
     "BertForMaskedLM": (
         SMALL,
         12,
@@ -116,29 +102,11 @@ FAMILIES = {
         },
     ),
     "BertForQuestionAnswering": (SMALL, 12, "bert.encoder.layer.1.output.dense", {"head": {"qa_outputs"}}),
-    "DistilBertForSequenceClassification": (
-        {"vocab_size": 64, "dim": 16, "n_layers": 2, "n_heads": 2, "hidden_dim": 32},
-        12,
-        "distilbert.transformer.layer.1.ffn.lin2",
-        {"head": {"classifier"}, "outside the layers": {"pre_classifier"}},
-    ),
-    "DebertaV2ForSequenceClassification": (
-        SMALL,
-        12,
-        "deberta.encoder.layer.0.attention.self.query_proj",
-        {"head": {"classifier", "pooler.dense"}},
-    ),
     "ModernBertForSequenceClassification": (
         {**SMALL, "cls_token_id": 0, "sep_token_id": 0},
         8,
         "model.layers.0.attn.Wqkv",
         {"head": {"classifier"}, "outside the layers": {"head.dense"}},
-    ),
-    "T5ForConditionalGeneration": (
-        {"vocab_size": 64, "d_model": 16, "d_kv": 8, "d_ff": 32, "num_layers": 2, "num_heads": 2},
-        32,
-        "decoder.block.1.layer.1.EncDecAttention.o",
-        {"tied embedding": {"shared"}},
     ),
     "BartForSequenceClassification": (
         BART,
@@ -146,15 +114,7 @@ FAMILIES = {
         "model.decoder.layers.0.encoder_attn.out_proj",
         {"outside the layers": {"classification_head.dense", "classification_head.out_proj"}},
     ),
-    "LlamaForCausalLM": (SMALL, 14, "model.layers.0.mlp.gate_proj", {"head": {"lm_head"}}),
     "LlamaForSequenceClassification": (SMALL, 14, "model.layers.1.mlp.down_proj", {"head": {"score"}}),
-    "ViTForImageClassification": (
-        {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "intermediate_size": 32}
-        | {"image_size": 8, "patch_size": 4},
-        12,
-        None,
-        {"head": {"classifier"}},
-    ),
 }
 
 
