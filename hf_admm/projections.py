@@ -12,39 +12,15 @@ So a mask keeps as many entries as ever, and a NaN in a weight is kept rather th
 import torch
 
 from hf_admm.patterns import BlockPattern, DensityPattern, NMPattern, SparsityPattern
-
-
-# A comparison network needs M*(M-1)/2 passes over the weight; beyond this group size a selection is faster.
-_LARGEST_NETWORK = 8
-
-_SAME_SIZE_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def magnitude_keys(tensor: torch.Tensor) -> torch.Tensor:
-    """
-    Integers that order the entries of a tensor by magnitude, comparable within that tensor alone.
-
-    The bits of an IEEE number without its sign grow with its magnitude, so comparing them as integers is exact in
-    every dtype and total: infinities come above finite numbers and NaN above infinities, where comparisons of floats
-    with NaN would all be false and a group would keep too many entries.
-
-    Args:
-        tensor (`torch.Tensor`):
-            Any real tensor.
-
-    Returns:
-        `torch.Tensor`: Integers of the same shape.
-
-    Raises:
-        `ValueError`: If the tensor is complex.
-    """
-    if tensor.is_complex():
-        raise ValueError(f"Magnitudes are compared for real tensors only, got dtype {tensor.dtype}.")
-    if not tensor.is_floating_point():
-        integers = tensor.long()
-        return torch.where(integers < 0, ~integers, integers - 1)  # |x| - 1: the lowest int64 has no |x|
-    integer = _SAME_SIZE_INTEGER[tensor.element_size()]
-    return tensor.contiguous().view(integer) & torch.iinfo(integer).max
+from hf_admm.selection import (
+    WIDEST_COMPARED,
+    WIDEST_IN_PLACE,
+    chunk_size,
+    largest_by_threshold,
+    largest_in_columns,
+    largest_in_rows,
+    magnitude_keys,
+)
 
 
 def to_groups(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = False) -> torch.Tensor:
@@ -65,11 +41,8 @@ def to_groups(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool =
     Raises:
         `ValueError`: If the tensor is not a matrix or the pattern does not fit its shape.
     """
-    if tensor.dim() != 2:
-        raise ValueError(f"A pattern divides a matrix into groups, got a tensor of shape {tuple(tensor.shape)}.")
+    _check_fit(tensor, pattern, transposed)
     matrix = tensor.t() if transposed else tensor
-    if reason := pattern.misfit(*matrix.shape):
-        raise ValueError(f"Pattern {pattern} does not fit a weight of shape {tuple(matrix.shape)}: {reason}.")
     if isinstance(pattern, NMPattern):
         return matrix.reshape(-1, pattern.group_size)
     if isinstance(pattern, BlockPattern):
@@ -77,6 +50,14 @@ def to_groups(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool =
         blocks = matrix.reshape(rows // pattern.rows, pattern.rows, columns // pattern.columns, pattern.columns)
         return blocks.transpose(1, 2).reshape(-1, pattern.group_size)
     return matrix.reshape(1, -1)
+
+
+def _check_fit(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool) -> None:
+    if tensor.dim() != 2:
+        raise ValueError(f"A pattern divides a matrix into groups, got a tensor of shape {tuple(tensor.shape)}.")
+    shape = tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape)
+    if reason := pattern.misfit(*shape):
+        raise ValueError(f"Pattern {pattern} does not fit a weight of shape {shape}: {reason}.")
 
 
 def from_groups(
@@ -115,32 +96,42 @@ def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
     Raises:
         `ValueError`: If the pattern does not fit the shape.
     """
-    keys = to_groups(magnitude_keys(tensor.detach()), pattern, transposed)
-    if not keys.numel():
-        return torch.zeros_like(tensor, dtype=torch.bool)
-    kept = kept_per_group(pattern, keys.shape[1])
-    select = _mask_by_comparisons if keys.shape[1] <= _LARGEST_NETWORK else _mask_by_threshold
-    return from_groups(select(keys, kept), pattern, tensor.shape, transposed)
+    tensor = tensor.detach()
+    _check_fit(tensor, pattern, transposed)
+    if isinstance(pattern, DensityPattern) or pattern.group_size > WIDEST_COMPARED:
+        groups = to_groups(tensor, pattern, transposed)
+        if not groups.numel():
+            return torch.zeros_like(tensor, dtype=torch.bool)
+        mask = largest_by_threshold(groups, kept_per_group(pattern, groups.shape[1]))
+        return from_groups(mask, pattern, tensor.shape, transposed)
+    mask = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
+    if not mask.numel():
+        return mask
+    rows, columns = _group_sides(pattern, transposed)
+    in_place = rows == 1 and columns <= WIDEST_IN_PLACE and tensor.device.type == "cpu"
+    chunk = max(1, chunk_size(tensor.device) // (tensor.shape[1] * rows)) * rows
+    for part, selected in zip(tensor.split(chunk), mask.split(chunk), strict=True):
+        keys = magnitude_keys(part)
+        if in_place:
+            selected.copy_(largest_in_rows(keys.view(-1), columns, pattern.kept).view(part.shape))
+        else:
+            layout = _columns(keys, pattern, transposed)
+            won = largest_in_columns(layout.reshape(pattern.group_size, -1), pattern.kept)
+            _columns(selected, pattern, transposed).copy_(won.view(layout.shape))
+    return mask
 
 
-def _mask_by_comparisons(keys: torch.Tensor, kept: int) -> torch.Tensor:
-    """Ranks each entry by comparing it with every other one of its group; keeps the ranks below `kept`."""
-    columns = keys.unbind(-1)
-    ranks = [torch.zeros(keys.shape[0], dtype=torch.int8, device=keys.device) for _ in columns]
-    for later in range(len(columns)):
-        for earlier in range(later):
-            earlier_wins = columns[earlier] >= columns[later]
-            ranks[later] += earlier_wins
-            ranks[earlier] += ~earlier_wins
-    return torch.stack([rank < kept for rank in ranks], dim=-1)
+def _group_sides(pattern: NMPattern | BlockPattern, transposed: bool) -> tuple[int, int]:
+    """Rows and columns that a group spans in a weight as it is stored."""
+    sides = (pattern.rows, pattern.columns) if isinstance(pattern, BlockPattern) else (1, pattern.group_size)
+    return sides[::-1] if transposed else sides
 
 
-def _mask_by_threshold(keys: torch.Tensor, kept: int) -> torch.Tensor:
-    """Keeps the entries above the `kept`-th largest, then fills up with the first ones equal to it."""
-    threshold = keys.kthvalue(keys.shape[1] - kept + 1, dim=1, keepdim=True).values
-    above, equal = keys > threshold, keys == threshold
-    missing = kept - above.sum(dim=1, keepdim=True)
-    return above | (equal & (equal.cumsum(dim=1) <= missing))
+def _columns(stored: torch.Tensor, pattern: NMPattern | BlockPattern, transposed: bool) -> torch.Tensor:
+    """A view whose first two dimensions run through a group, in the order that breaks ties; the others over groups."""
+    rows, columns = _group_sides(pattern, transposed)
+    blocks = stored.view(stored.shape[0] // rows, rows, stored.shape[1] // columns, columns)
+    return blocks.permute(3, 1, 0, 2) if transposed else blocks.permute(1, 3, 0, 2)
 
 
 def project(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = False) -> torch.Tensor:
