@@ -5,6 +5,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from numbers import Integral, Real
 
+import torch
 from transformers import TrainingArguments
 
 from hf_admm.patterns import SparsityPattern, parse_pattern
@@ -14,6 +15,7 @@ from hf_admm.schedules import RHO_SCHEDULES, PhasePlan, to_steps
 # Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
 DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
 MASK_MODES = ("dynamic", "fixed")
+STATE_DTYPES = ("float32", "bfloat16")
 # Those that need no lr_scheduler_kwargs, and end when they are told to.
 PLAIN_SCHEDULERS = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
 
@@ -59,6 +61,11 @@ class ADMMTrainingArguments(TrainingArguments):
             `"gradient"`: the same after clipping. `"decoupled"`: a proximal step beside the optimizer, as AdamW's
             decay.
 
+        admm_state_dtype (`str`, *optional*, defaults to `"float32"`):
+            Dtype of phase 1's state, one tensor of the size of the pruned weights. `"bfloat16"` halves it, and rounds
+            the dual variable at each update.
+        admm_state_offload (`bool`, *optional*, defaults to `False`):
+            Keeps the state of weights on a GPU in page-locked CPU memory, in both phases; each step copies it over.
         admm_lr_scheduler_type (`str`, *optional*):
             Schedule of the learning rate in phase 1, one of those without arguments. `None` takes `lr_scheduler_type`.
             With `"constant_with_warmup"` W can follow Z until the switch, and phase 2 begins without a jump.
@@ -124,6 +131,14 @@ class ADMMTrainingArguments(TrainingArguments):
             "'decoupled' (a proximal step beside the optimizer)."
         },
     )
+    admm_state_dtype: str = field(
+        default="float32",
+        metadata={"help": "Dtype of phase 1's state: 'float32', or 'bfloat16' for half the memory."},
+    )
+    admm_state_offload: bool = field(
+        default=False,
+        metadata={"help": "Keep the state of weights on a GPU in CPU memory; each step copies it over."},
+    )
     admm_lr_scheduler_type: str | None = field(
         default=None,
         metadata={
@@ -183,6 +198,7 @@ class ADMMTrainingArguments(TrainingArguments):
             ("admm_rho_schedule", tuple(RHO_SCHEDULES)),
             ("admm_penalty", tuple(DEFAULT_RHO)),
             ("srste_mask", MASK_MODES),
+            ("admm_state_dtype", STATE_DTYPES),
             ("admm_lr_scheduler_type", PLAIN_SCHEDULERS),
         ):
             value = getattr(self, name)
@@ -262,6 +278,11 @@ class ADMMTrainingArguments(TrainingArguments):
     def exclude(self) -> list[str] | str | None:
         """`sparsity_exclude` with a single regular expression as a string."""
         return _as_names(self.sparsity_exclude)
+
+    @property
+    def anchors(self) -> dict:
+        """How [`ADMMState.reset`] is to keep the anchors."""
+        return {"anchor_dtype": getattr(torch, self.admm_state_dtype), "offload": self.admm_state_offload}
 
     def phase_plan(self, max_steps: int) -> PhasePlan:
         """

@@ -11,11 +11,12 @@ So a mask keeps as many entries as ever, and a NaN in a weight is kept rather th
 
 import torch
 
+from hf_admm.chunks import row_chunks
 from hf_admm.patterns import BlockPattern, DensityPattern, NMPattern, SparsityPattern
 from hf_admm.selection import (
+    SAME_SIZE_INTEGER,
     WIDEST_COMPARED,
     WIDEST_IN_PLACE,
-    chunk_size,
     largest_by_threshold,
     largest_in_columns,
     largest_in_rows,
@@ -109,8 +110,7 @@ def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
         return mask
     rows, columns = _group_sides(pattern, transposed)
     in_place = rows == 1 and columns <= WIDEST_IN_PLACE and tensor.device.type == "cpu"
-    chunk = max(1, chunk_size(tensor.device) // (tensor.shape[1] * rows)) * rows
-    for part, selected in zip(tensor.split(chunk), mask.split(chunk), strict=True):
+    for part, selected in row_chunks(tensor, mask, multiple=rows):
         keys = magnitude_keys(part)
         if in_place:
             selected.copy_(largest_in_rows(keys.view(-1), columns, pattern.kept).view(part.shape))
@@ -158,7 +158,19 @@ def project(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = F
 
 def zero_outside(tensor: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """Zeroes the entries outside the mask, in place. A product would leave NaN and -0.0 behind."""
-    return tensor.masked_fill_(~mask, 0)
+    for part, kept in row_chunks(tensor, mask):
+        if part.is_floating_point() and part.is_contiguous() and part.device.type == "cpu":
+            # What `masked_fill_` does, vectorised: all bits of an entry survive, or none.
+            bits = part.view(SAME_SIZE_INTEGER[part.element_size()])
+            bits.bitwise_and_(kept.view(torch.int8).neg().to(bits.dtype))
+        else:
+            part.masked_fill_(~kept, 0)
+    return tensor
+
+
+def group_rows(pattern: SparsityPattern, transposed: bool, rows: int) -> int:
+    """How many of the rows of a stored weight one group spans, out of all its `rows`."""
+    return rows if isinstance(pattern, DensityPattern) else _group_sides(pattern, transposed)[0]
 
 
 def broken_groups(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = False) -> torch.Tensor:

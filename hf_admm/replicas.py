@@ -5,6 +5,8 @@ from collections.abc import Mapping
 import torch
 from torch import distributed
 
+from hf_admm.selection import SAME_SIZE_INTEGER
+
 
 _CHUNK = 1024
 
@@ -15,7 +17,7 @@ def check_replicas(tensors: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`):
-            Matrices that should be the same everywhere.
+            Matrices or vectors that should be the same everywhere.
 
     Raises:
         `RuntimeError`: On every process, if one differs anywhere; the message names them all.
@@ -39,9 +41,9 @@ def check_replicas(tensors: Mapping[str, torch.Tensor]) -> None:
 
 def digest(matrix: torch.Tensor) -> torch.Tensor:
     """An integer that any change of bits is all but certain to change, the same on every device."""
-    bits = matrix.detach().contiguous().view({1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}[
-        matrix.element_size()
-    ])  # fmt: skip
+    matrix = matrix.detach().contiguous()
+    matrix = matrix if matrix.dim() == 2 else matrix.view(1, -1)  # a packed mask
+    bits = matrix.view(torch.uint8 if matrix.element_size() == 1 else SAME_SIZE_INTEGER[matrix.element_size()])
     # Each entry times a factor of its row and one of its column. Sums of integers do not depend on their order, as
     # sums of floats do; they wrap around, which harms nothing.
     rows, columns = (_factors(length, dim, bits.device) for dim, length in enumerate(bits.shape))

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 
 import torch
 
+from hf_admm.chunks import chunk_size
+
 
 # Beyond this group size, finding the threshold of each group is faster than comparing its entries with each other.
 WIDEST_COMPARED = 64
@@ -20,12 +22,7 @@ WIDEST_IN_PLACE = 8
 # Of a large group, the threshold lies between two values of a sample nearly always, and few entries do.
 _SAMPLE = 1 << 16
 
-_SAME_SIZE_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
-
-
-def chunk_size(device: torch.device) -> int:
-    """How many entries to work on at a time: on a CPU, as many as the caches hold and outweigh the cost of a call."""
-    return min(1 << 17 << (torch.get_num_threads() - 1), 1 << 20) if device.type == "cpu" else 1 << 24
+SAME_SIZE_INTEGER = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def magnitude_keys(tensor: torch.Tensor) -> torch.Tensor:
@@ -51,7 +48,7 @@ def magnitude_keys(tensor: torch.Tensor) -> torch.Tensor:
     if not tensor.is_floating_point():
         integers = tensor.long()
         return torch.where(integers < 0, ~integers, integers - 1)  # |x| - 1: the lowest int64 has no |x|
-    integer = _SAME_SIZE_INTEGER[tensor.element_size()]
+    integer = SAME_SIZE_INTEGER[tensor.element_size()]
     return tensor.contiguous().view(integer) & torch.iinfo(integer).max
 
 

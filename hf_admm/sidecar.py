@@ -16,6 +16,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from hf_admm.masks import pack_mask, unpack_mask
 from hf_admm.patterns import SparsityPattern
 from hf_admm.projections import kept_per_group, to_groups
 from hf_admm.shards import DTensor, gather, scatter
@@ -24,7 +25,7 @@ from hf_admm.targets import Target
 
 
 SIDECAR_NAME = "admm_state.safetensors"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 
 # Each setting with what it may be. Figures are floats as JSON has them, NaN included.
 _SETTINGS = {
@@ -35,8 +36,8 @@ _SETTINGS = {
     "figures": lambda value: type(value) is dict and all(type(figure) is float for figure in value.values()),
     "targets": lambda value: type(value) is dict and all(map(_is_shape, value.values())),
 }
-# As safetensors names them: weights are of any precision that is trained in, their companions of one dtype.
-_DTYPES = {"weight": ("F64", "F32", "F16", "BF16"), "anchor": ("F32",), "mask": ("BOOL",)}
+# As safetensors names them: weights are of any precision that is trained in; masks are packed, a bit an entry.
+_DTYPES = {"weight": ("F64", "F32", "F16", "BF16"), "anchor": ("F32", "BF16"), "mask": ("U8",)}
 
 
 def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True) -> None:
@@ -57,7 +58,10 @@ def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True
     for kind, parts in held.items():
         for name, part in parts.items():
             weight = state.weights[name]
-            whole = gather(part, weight)
+            if kind == "mask" and isinstance(weight, DTensor):  # packed by process, so the whole is packed anew
+                whole = pack_mask(gather(state.mask(name), weight))
+            else:
+                whole = gather(part, weight)
             if write:  # gathered tensors are taken off the device one by one
                 tensors[f"{kind}/{name}"] = (whole.cpu() if isinstance(weight, DTensor) else whole).contiguous()
     if not write:
@@ -154,11 +158,15 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
         for name, part in state.local_weights():
             weight = state.weights[name]
             part.copy_(scatter(file.get_tensor(f"weight/{name}").to(part.device), weight))
-            # A copy: what safetensors gives on a CPU is the file itself, mapped, and would change with it.
-            companion = file.get_tensor(f"{kind}/{name}").to(part.device, copy=True)
-            companions[name] = scatter(companion, weight).to(part.device)
-    if settings["phase"] == "srste":
-        state.anchors = {name: torch.empty_like(part) for name, part in state.local_weights()}
+            companion = file.get_tensor(f"{kind}/{name}").to(part.device)
+            if kind == "mask":
+                if isinstance(weight, DTensor):
+                    companion = pack_mask(scatter(unpack_mask(companion, weight.shape), weight))
+                # A copy: what safetensors gives on a CPU is the file itself, mapped, and would change with it.
+                companions[name] = companion.clone()
+                state.anchors[name] = state.room(part, part.dtype)
+            else:
+                companions[name] = state.room(part, state.anchor_dtype).copy_(scatter(companion, weight))
     state.phase, state.rho, state.updated_at = settings["phase"], settings["rho"], settings["updated_at"]
     state.figures = settings["figures"]
     state.resumed = True
@@ -195,6 +203,8 @@ def _check_tensors(path: Path, settings: dict) -> None:
         wrong = keys ^ expected.keys()
         for key in keys & expected.keys():
             kind, shape = expected[key]
+            if kind == "mask":
+                shape = [-(-shape[0] * shape[1] // 8)]
             header = file.get_slice(key)
             if header.get_dtype() not in _DTYPES[kind] or list(header.get_shape()) != shape:
                 wrong.add(key)
@@ -215,7 +225,8 @@ def _check_values(path: Path, file, state: ADMMState) -> None:
         kind, name = key.split("/", 1)
         tensor = file.get_tensor(key)
         if kind == "mask":
-            groups = to_groups(tensor, state.pattern, state.targets[name].transposed)
+            mask = unpack_mask(tensor, torch.Size(state.targets[name].shape))
+            groups = to_groups(mask, state.pattern, state.targets[name].transposed)
             if (groups.sum(dim=1) != kept_per_group(state.pattern, groups.shape[1])).any():
                 raise _damaged(path, f"{key} breaks pattern {state.pattern}")
         elif tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():

@@ -3,7 +3,8 @@
 Each pruned weight W has one companion of its size, the **anchor** T:
 
 - In phase 1, T = Z - U. Z and U have disjoint supports, so T holds both, and the support of Z can be read off it.
-- In phase 2, T keeps the dense weights aside while the model computes with the masked ones, in place.
+- In phase 2, T keeps the dense weights aside while the model computes with the masked ones, in place. Beside it lies
+  the mask, a bit an entry.
 
 Everything is keyed by parameter name and looked up in the live model, whose modules are never changed. Where FSDP2
 shards a weight, its companions have the shape of the local part.
@@ -16,12 +17,14 @@ import torch
 from torch import nn
 
 from hf_admm.audit import AuditReport, audit_weights
+from hf_admm.chunks import row_chunks, tensor_work
+from hf_admm.masks import count_flips, pack_mask, unpack_mask
 from hf_admm.patterns import SparsityPattern
 from hf_admm.projections import sparsity_mask, zero_outside
 from hf_admm.replicas import check_replicas
 from hf_admm.shards import DTensor, gather, local, reshard, scatter, shard_count, straddles, total
 from hf_admm.targets import Target, named_parameters
-from hf_admm.updates import dual_step, proximal_step, pull
+from hf_admm.updates import dual_step, proximal_step, pull, squared_distance
 
 
 class ADMMState:
@@ -43,14 +46,22 @@ class ADMMState:
         self.model: nn.Module | None = None
         self.weights: dict[str, nn.Parameter] = {}
         self.anchors: dict[str, torch.Tensor] = {}
-        self.masks: dict[str, torch.Tensor] = {}
+        self.masks: dict[str, torch.Tensor] = {}  # packed, see `mask`
+        self.aside: set[str] = set()  # the weights whose dense values are in the anchor right now
+        self.anchor_dtype, self.offload = torch.float32, False
         self.rho = 0.0
         self.updated_at = 0
-        self.masked = False
         self.resumed = False
         self.figures: dict[str, float | torch.Tensor] = {}  # tensors are read when logged: no wait for the device
 
-    def reset(self, model: nn.Module, pattern: SparsityPattern, targets: Mapping[str, Target]) -> None:
+    def reset(
+        self,
+        model: nn.Module,
+        pattern: SparsityPattern,
+        targets: Mapping[str, Target],
+        anchor_dtype: torch.dtype = torch.float32,
+        offload: bool = False,
+    ) -> None:
         """
         Starts anew on a model: forgets all there was and looks up the targets.
 
@@ -61,8 +72,13 @@ class ADMMState:
                 The pattern.
             targets (`Mapping[str, Target]`):
                 The weights to prune, by parameter name.
+            anchor_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
+                Dtype of the anchors of phase 1. The dual variable adds up small differences, which bfloat16 rounds.
+            offload (`bool`, *optional*, defaults to `False`):
+                Whether the anchors of weights on a GPU lie in page-locked CPU memory.
         """
         self.clear()
+        self.anchor_dtype, self.offload = anchor_dtype, offload
         parameters = named_parameters(model)
         self.model, self.pattern, self.targets = model, pattern, dict(targets)
         self.weights = {name: parameters[name] for name in self.targets}
@@ -72,12 +88,26 @@ class ADMMState:
         self.unmask_weights()
         self.__init__()
 
+    @property
+    def masked(self) -> bool:
+        """Whether the model holds masked weights, of phase 2, and the anchors the dense ones."""
+        return bool(self.aside)
+
     def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """The part of each weight that this process holds, by name. Changing it changes the weight."""
         for name, weight in self.weights.items():
             yield name, local(weight.detach())
 
-    def _mask(self, name: str) -> torch.Tensor:
+    def room(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+        """An empty tensor of the shape of a weight, where the anchors lie."""
+        away = self.offload and weight.is_cuda
+        return torch.empty(weight.shape, dtype=dtype, device="cpu" if away else weight.device, pin_memory=away)
+
+    def mask(self, name: str) -> torch.Tensor:
+        """M of phase 2 for this process's part of a weight."""
+        return unpack_mask(self.masks[name], local(self.weights[name].detach()).shape)
+
+    def _projection_mask(self, name: str) -> torch.Tensor:
         """The mask of Pi(W) for this process's part of a weight."""
         weight, transposed = self.weights[name].detach(), self.targets[name].transposed
         if straddles(weight, self.pattern, transposed):
@@ -104,19 +134,19 @@ class ADMMState:
 
     # ---- Phase 1 ----
 
-    @torch.no_grad()
+    @tensor_work
     def start_admm(self, rho: float) -> None:
         """Enters phase 1 with Z = Pi(W) and U = 0, so T = Pi(W)."""
         self.phase, self.rho = "admm", rho
-        # float32 whatever the weights are: the dual variable sums up differences that bfloat16 would round away.
-        self.anchors = {
-            name: zero_outside(weight.to(torch.float32, copy=True), self._mask(name))
-            for name, weight in self.local_weights()
-        }
-        kept = {name: anchor.count_nonzero() for name, anchor in self.anchors.items()}
+        kept = {}
+        for name, weight in self.local_weights():
+            mask = self._projection_mask(name)
+            self.anchors[name] = self.room(weight, self.anchor_dtype)
+            self.anchors[name].copy_(zero_outside(weight.clone(), mask))
+            kept[name] = mask.count_nonzero()
         self.figures = {"sparsity": 1 - self._share(kept).item()}
 
-    @torch.no_grad()
+    @tensor_work
     def update_dual(self, step: int, rho: float) -> None:
         """
         The Z-step and the U-step of all targets.
@@ -129,16 +159,14 @@ class ADMMState:
         """
         sums = {}
         for name, part in self.local_weights():
-            weight, transposed = self.weights[name], self.targets[name].transposed
-            divided = straddles(weight, self.pattern, transposed)
-            w, t = (
-                (gather(part, weight), gather(self.anchors[name], weight)) if divided else (part, self.anchors[name])
-            )
-            anchor, sums[name] = dual_step(w, t, self.pattern, transposed, self.rho / rho)
-            if divided:  # every process has just added up the whole
-                anchor = scatter(anchor, weight)
-                sums[name] = sums[name].double() / shard_count(weight)
-            self.anchors[name].copy_(anchor)
+            weight, transposed, anchor = self.weights[name], self.targets[name].transposed, self.anchors[name]
+            if not straddles(weight, self.pattern, transposed):
+                sums[name] = dual_step(part, anchor, self.pattern, transposed, self.rho / rho)
+                continue
+            whole = gather(anchor, weight)
+            added_up = dual_step(gather(part, weight), whole, self.pattern, transposed, self.rho / rho)
+            anchor.copy_(scatter(whole, weight))
+            sums[name] = added_up / shard_count(weight)  # every process has just added up all of it
         *squares, flips, kept = total(sums, self.weights).tolist()
         primal, weight_norm, z_norm, dual, u_norm = (square**0.5 for square in squares)
         entries = sum(weight.numel() for weight in self.weights.values())
@@ -150,7 +178,7 @@ class ADMMState:
         }
         self.rho, self.updated_at = rho, step
 
-    @torch.no_grad()
+    @tensor_work
     def pull_weights(self, steps: Mapping[int, float]) -> None:
         """
         The proximal step of the `decoupled` penalty.
@@ -162,7 +190,7 @@ class ADMMState:
         for name, weight in self.local_weights():
             proximal_step(weight, self.anchors[name], steps[id(self.weights[name])])
 
-    @torch.no_grad()
+    @tensor_work
     def pull_gradients(self, strength: float) -> None:
         """
         Adds the gradient of the penalty, `strength * (W - T)`, to the gradients of the targets.
@@ -178,23 +206,24 @@ class ADMMState:
             if parameter.grad is None:  # unused in this batch, but its penalty is there all the same
                 parameter.grad = torch.zeros_like(parameter)
             # While masked, the weight holds M*W and the anchor W: the same difference, the other way round.
-            pair = (self.anchors[name], weight) if self.masked else (weight, self.anchors[name])
+            pair = (self.anchors[name], weight) if name in self.aside else (weight, self.anchors[name])
             pull(local(parameter.grad), *pair, strength)
 
     # ---- Phase 2 ----
 
-    @torch.no_grad()
+    @tensor_work
     def start_srste(self, step: int) -> None:
         """Enters phase 2: M is the mask of Pi(W), and the anchors become room for the dense weights."""
+        kept = {}
         for name, weight in self.local_weights():
-            self.masks[name] = self._mask(name)
+            mask = self._projection_mask(name)
+            self.masks[name], kept[name] = pack_mask(mask), mask.count_nonzero()
             if name not in self.anchors or self.anchors[name].dtype != weight.dtype:
-                self.anchors[name] = torch.empty_like(weight)
-        kept = {name: mask.sum() for name, mask in self.masks.items()}
+                self.anchors[name] = self.room(weight, weight.dtype)
         self.figures = {"sparsity": 1 - self._share(kept).item()}
         self.phase, self.updated_at = "srste", step
 
-    @torch.no_grad()
+    @tensor_work
     def refresh_masks(self, step: int) -> None:
         """
         Lets the masks follow the weights.
@@ -205,44 +234,40 @@ class ADMMState:
         """
         flips = {}
         for name in self.weights:
-            mask = self._mask(name)
-            flips[name] = (mask != self.masks[name]).sum()
-            self.masks[name].copy_(mask)
+            old, self.masks[name] = self.masks[name], pack_mask(self._projection_mask(name))
+            flips[name] = count_flips(self.masks[name], old)
         self.figures["mask_flips"] = self._share(flips)
         self.updated_at = step
 
-    @torch.no_grad()
+    @tensor_work
     def mask_weights(self) -> None:
         """Puts M*W in the place of W, and W in the anchor."""
         reshard(self.model)
-        # All copies first: whatever interrupts this (memory, a keyboard), the dense weights are in one place or the
-        # other, and `masked` says in which.
         for name, weight in self.local_weights():
             self.anchors[name].copy_(weight)
-        self.masked = True
-        for name, weight in self.local_weights():
-            zero_outside(weight, self.masks[name])
+            self.aside.add(name)  # whatever interrupts this (memory, a keyboard), it is known where W is
+            zero_outside(weight, self.mask(name))
 
-    @torch.no_grad()
+    @tensor_work
     def unmask_weights(self) -> None:
         """Puts W back, if it is masked."""
-        if self.masked:
-            for name, weight in self.local_weights():
+        for name, weight in self.local_weights():
+            if name in self.aside:
                 weight.copy_(self.anchors[name])
-        self.masked = False
+                self.aside.remove(name)
 
     def dense_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
         """This process's part of the dense working weights, by name, wherever they are while masked."""
         for name, weight in self.local_weights():
-            yield name, self.anchors[name] if self.masked else weight
+            yield name, self.anchors[name] if name in self.aside else weight
 
     # ---- Sparse weights, for evaluation, checkpoints and the end ----
 
-    @torch.no_grad()
+    @tensor_work
     def project_weights(self) -> None:
         """Makes the weights obey the pattern, in place: Pi(W) in phase 1, M*W in phase 2."""
         for name, weight in self.local_weights():
-            zero_outside(weight, self.masks[name] if self.phase == "srste" else self._mask(name))
+            zero_outside(weight, self.mask(name) if self.phase == "srste" else self._projection_mask(name))
 
     @contextmanager
     def sparse_weights(self) -> Iterator[None]:
@@ -278,12 +303,14 @@ class ADMMState:
         )
         return audit_weights(rows, self.pattern)
 
-    @torch.no_grad()
+    @tensor_work
     def penalty(self, strength: float) -> float:
         """`strength / 2 * ||W - T||^2`, with T = M*W in phase 2. Reads the dense weights."""
-        admm = self.phase == "admm"
-        squares = {
-            name: ((weight - self.anchors[name]) if admm else weight[~self.masks[name]]).square().sum()
-            for name, weight in self.local_weights()
-        }
+        squares = {}
+        for name, weight in self.local_weights():
+            if self.phase == "admm":
+                squares[name] = squared_distance(weight, self.anchors[name])
+            else:
+                parts = row_chunks(weight, self.mask(name))
+                squares[name] = sum(part.masked_fill(kept, 0).square().sum() for part, kept in parts)
         return 0.5 * strength * total(squares, self.weights).item()

@@ -1,9 +1,13 @@
-"""The steps of the method as pure functions on tensors (derived in docs/derivation.md)."""
+"""The steps of the method as pure functions on tensors (derived in docs/derivation.md).
+
+Each goes through a weight in chunks. The anchor may be of another dtype than the weight and on another device.
+"""
 
 import torch
 
+from hf_admm.chunks import row_chunks
 from hf_admm.patterns import SparsityPattern
-from hf_admm.projections import sparsity_mask, zero_outside
+from hf_admm.projections import group_rows, sparsity_mask, zero_outside
 
 
 def pull(gradient: torch.Tensor, weight: torch.Tensor, anchor: torch.Tensor, strength: float) -> None:
@@ -18,8 +22,9 @@ def pull(gradient: torch.Tensor, weight: torch.Tensor, anchor: torch.Tensor, str
         strength (`float`):
             The factor.
     """
-    # The difference first: in half precision, `strength * weight` would swallow a small gradient.
-    gradient.add_(weight - anchor, alpha=strength)
+    for g, w, t in row_chunks(gradient, weight, anchor):
+        # The difference first: in half precision, `strength * weight` would swallow a small gradient.
+        g.add_(_beside(w, g) - _beside(t, g), alpha=strength)
 
 
 def proximal_step(weight: torch.Tensor, anchor: torch.Tensor, step: float) -> None:
@@ -33,12 +38,13 @@ def proximal_step(weight: torch.Tensor, anchor: torch.Tensor, step: float) -> No
         step (`float`):
             The learning rate times rho.
     """
-    weight.lerp_(anchor.to(weight.dtype), step / (1 + step))
+    for w, t in row_chunks(weight, anchor):
+        w.lerp_(_beside(t, w).to(w.dtype), step / (1 + step))
 
 
 def dual_step(
     weight: torch.Tensor, anchor: torch.Tensor, pattern: SparsityPattern, transposed: bool, rescale: float
-) -> tuple[torch.Tensor, torch.Tensor]:
+) -> torch.Tensor:
     """
     The Z-step and the U-step: v = W + U, Z = Pi(v), U = v - Z.
 
@@ -46,7 +52,7 @@ def dual_step(
         weight (`torch.Tensor`):
             W, of any floating-point dtype.
         anchor (`torch.Tensor`):
-            T = Z - U as it was, in float32.
+            T = Z - U, updated in place. It is computed in float32 and rounded to the anchor's dtype.
         pattern ([`SparsityPattern`]):
             The pattern.
         transposed (`bool`):
@@ -55,16 +61,32 @@ def dual_step(
             `rho_old / rho_new`, at most 1: the dual variable is U times rho, and must not jump when rho grows.
 
     Returns:
-        `tuple[torch.Tensor, torch.Tensor]`: The new anchor, and a vector of the sums that residuals are made of:
-        squares of W - Z, W, Z, Z - Z_old and U, then the entries whose mask flipped, and those kept.
+        `torch.Tensor` of shape `(7,)`, in float64: The sums that residuals are made of: squares of W - Z, W, Z,
+        Z - Z_old and U, then the entries whose mask flipped, and those kept.
     """
-    weight = weight.float()
-    old_mask = sparsity_mask(anchor, pattern, transposed)
-    old_z = zero_outside(anchor.clone(), old_mask)
-    v = weight + (old_z - anchor)
-    mask = sparsity_mask(v, pattern, transposed)
-    z = zero_outside(v.clone(), mask)
-    u = v - z
-    squares = [part.square().sum() for part in (weight - z, weight, z, z - old_z, u)]
-    sums = torch.stack([*squares, (mask != old_mask).sum(), mask.sum()])
-    return z.sub_(u, alpha=rescale), sums
+    sums = torch.zeros(7, dtype=torch.float64, device=weight.device)
+    for w, t in row_chunks(weight, anchor, multiple=group_rows(pattern, transposed, len(weight))):
+        w, old = w.float(), _beside(t, w).float()
+        old_mask = sparsity_mask(old, pattern, transposed)
+        old_z = zero_outside(old.clone(), old_mask)
+        v = w + (old_z - old)
+        mask = sparsity_mask(v, pattern, transposed)
+        z = zero_outside(v.clone(), mask)
+        u = v - z
+        squares = [part.square().sum() for part in (w - z, w, z, z - old_z, u)]
+        sums += torch.stack([*squares, (mask != old_mask).sum(), mask.sum()])
+        t.copy_(z.sub_(u, alpha=rescale))
+    return sums
+
+
+def squared_distance(weight: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
+    """`||W - T||^2`, as a scalar tensor in float64."""
+    squares = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for w, t in row_chunks(weight, anchor):
+        squares += (w - _beside(t, w)).square().sum()
+    return squares
+
+
+def _beside(part: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
+    """A chunk on the device of another."""
+    return part.to(other.device, non_blocking=True)

@@ -89,6 +89,32 @@ def test_bfloat16_weights_have_a_float32_state(penalty, tiny_bert, token_data, t
         assert all(torch.equal(straight[name], weight) for name, weight in resumed.items())
 
 
+def test_a_bfloat16_state_is_half_as_large_and_resumes_to_the_same_bits(tiny_bert, token_data, tmp_path):
+    data, held = token_data(), {}
+
+    def run(seed, **flags):
+        settings = {**SETTINGS, "save_steps": 3, "admm_state_dtype": "bfloat16"}
+        trainer = ADMMTrainer(tiny_bert(seed), ADMMTrainingArguments(str(tmp_path), **settings), train_dataset=data)
+        trainer.add_callback(
+            Recorder("on_step_end", lambda state, **kwargs: held.update({state.global_step: state_bytes(trainer)}))
+        )
+        trainer.train(**flags)
+        assert trainer.audit.ok
+        return weights(trainer.model)
+
+    straight = run(0)
+    pruned = 4096 * 4  # bytes of the pruned weights
+    assert held[1] == pruned // 2 and held[SETTINGS["admm_steps"] + 1] == pruned + pruned // 32
+    for step in (3, 9):
+        resumed = run(1, resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+        assert all(torch.equal(straight[name], weight) for name, weight in resumed.items())
+
+
+def state_bytes(trainer) -> int:
+    held = [*trainer.sparsity.anchors.values(), *trainer.sparsity.masks.values()]
+    return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
+
+
 def test_bfloat16_autocast_keeps_float32_weights(tiny_bert, token_data, tmp_path):
     trainer = train(tiny_bert(), token_data(), tmp_path, bf16=True)
     assert trainer.audit.ok and {parameter.dtype for parameter in trainer.model.parameters()} == {torch.float32}

@@ -10,6 +10,12 @@ from hf_admm.projections import sparsity_mask
 from hf_admm.updates import dual_step, proximal_step, pull
 
 
+def stepped(weight, anchor, *settings):
+    """The new anchor and the sums of a dual step, with the old anchor as it was."""
+    anchor = anchor.clone()
+    return anchor, dual_step(weight, anchor, *settings)
+
+
 CASES = [
     ("2:4", (6, 16), False),
     ("1:4", (6, 16), False),
@@ -194,7 +200,7 @@ def test_one_tensor_holds_z_and_u(text, shape, transposed, kind, growing):
     for number, weight in enumerate(weights):
         # Powers of two or not, up to a factor that all but wipes U out.
         rescale = (1.0, 0.5, 1 / 3, 0.01)[number % 4] if growing else 1.0
-        anchor, sums = dual_step(weight, anchor, pattern, transposed, rescale)
+        anchor, sums = stepped(weight, anchor, pattern, transposed, rescale)
         expected = explicit.step(weight, rescale)
         assert torch.equal(anchor, explicit.anchor)
         torch.testing.assert_close(sums.double(), expected.double(), rtol=1e-5, atol=1e-6)
@@ -214,7 +220,7 @@ def test_half_precision_weights_have_float32_duals(dtype, kind):
     anchor = explicit.anchor
     for weight in weights:
         before = weight.clone()
-        anchor, sums = dual_step(weight, anchor, pattern, False, 0.9)
+        anchor, sums = stepped(weight, anchor, pattern, False, 0.9)
         # Sums of squares too: bfloat16 has two to three digits.
         torch.testing.assert_close(sums.double(), explicit.step(weight.float(), 0.9), rtol=1e-5, atol=1e-6)
         assert anchor.dtype == torch.float32
@@ -227,7 +233,7 @@ def test_a_dual_sums_up_what_bfloat16_would_round_away():
     weight = torch.tensor([[1.0, 1.0, 2**-10, 0.0]]).bfloat16()
     anchor = torch.tensor([[1.0, 1.0, 0.0, 0.0]])
     for _ in range(300):
-        anchor, _ = dual_step(weight, anchor, NMPattern(2, 4), False, 1.0)
+        anchor, _ = stepped(weight, anchor, NMPattern(2, 4), False, 1.0)
     assert anchor[0, 2].item() == -300 * 2**-10
 
 
@@ -246,26 +252,31 @@ def test_the_dual_variable_does_not_jump_when_rho_grows():
     # The dual variable itself is rho * U: where rho triples, U falls to a third.
     pattern = NMPattern(2, 4)
     first, second = list(rounds("random", (6, 16), count=2))
-    start, _ = dual_step(first, torch.where(oracle_mask(first, pattern, False), first, 0.0), pattern, False, 1.0)
-    same, _ = dual_step(second, start, pattern, False, 1.0)
-    grown, _ = dual_step(second, start, pattern, False, 1 / 3)
+    start, _ = stepped(first, torch.where(oracle_mask(first, pattern, False), first, 0.0), pattern, False, 1.0)
+    same, _ = stepped(second, start, pattern, False, 1.0)
+    grown, _ = stepped(second, start, pattern, False, 1 / 3)
     mask = sparsity_mask(same, pattern)
     assert torch.equal(same[mask], grown[mask])
     torch.testing.assert_close(1.0 * same[~mask], 3.0 * grown[~mask])
 
 
-def test_inputs_are_left_as_they_are():
-    weight, anchor = rounds("random", (6, 16), count=2)
-    copies = weight.clone(), anchor.clone()
-    dual_step(weight, anchor, NMPattern(2, 4), False, 0.5)
-    assert torch.equal(weight, copies[0]) and torch.equal(anchor, copies[1])
+@pytest.mark.parametrize(("pattern", "shape", "transposed"), CASES)
+def test_a_bfloat16_anchor_is_the_rounded_one(pattern, shape, transposed):
+    pattern = parse_pattern(pattern)
+    weight, anchor = rounds("random", shape, count=2)
+    half = anchor.to(torch.bfloat16)
+    copy = weight.clone()
+    exact, sums = stepped(weight, half.float(), pattern, transposed, 0.5)
+    rounded, same_sums = stepped(weight, half, pattern, transposed, 0.5)
+    assert rounded.dtype == torch.bfloat16 and torch.equal(rounded, exact.to(torch.bfloat16))
+    assert torch.equal(sums, same_sums) and torch.equal(weight, copy)
 
 
 def test_the_sums_by_hand():
     # v = W + U = [3, 1, 0.5, -2]: Z keeps 3 and -2, U is left with 1 and 0.5; before, Z held the first two.
     weight = torch.tensor([[3.0, 1.0, 0.25, -2.0]])
     anchor = torch.tensor([[4.0, 2.0, -0.25, 0.0]])  # Z = [4, 2, 0, 0], U = [0, 0, 0.25, 0]
-    new, sums = dual_step(weight, anchor, NMPattern(2, 4), False, 0.5)
+    new, sums = stepped(weight, anchor, NMPattern(2, 4), False, 0.5)
     assert torch.equal(new, torch.tensor([[3.0, -0.5, -0.25, -2.0]]))
     primal, weight_square, z, change, u, flips, kept = sums.tolist()
     assert primal == 1.0 + 0.25**2  # W - Z
@@ -284,7 +295,7 @@ def test_admm_finds_the_sparse_least_squares_solution():
     anchor = torch.where(mask, target, 0.0).float()
     for _ in range(200):
         weight = (target + rho * anchor.double()) / (1 + rho)
-        anchor, sums = dual_step(weight, anchor, pattern, False, 1.0)
+        anchor, sums = stepped(weight, anchor, pattern, False, 1.0)
     z = torch.where(sparsity_mask(anchor, pattern), anchor, 0.0)
     torch.testing.assert_close(z.double(), torch.where(mask, target, 0.0), rtol=1e-5, atol=1e-6)
     assert math.sqrt(sums[0].item()) < 1e-5  # W has come to Z
