@@ -46,7 +46,7 @@ class ADMMCallback(TrainerCallback):
                 )
             return
         selection = select_targets(model, args.pattern, args.include, args.exclude)
-        self.state.reset(model, args.pattern, selection.targets, **args.anchors)
+        self.state.reset(model, args.pattern, selection.targets, **args.anchor_settings)
         if plan.admm_steps:
             if args.rho and plan.admm_steps <= args.admm_update_steps:
                 logger.warning(

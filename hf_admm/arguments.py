@@ -3,27 +3,13 @@
 import re
 from contextlib import suppress
 from dataclasses import dataclass, field
-from numbers import Integral, Real
 
 import torch
 from transformers import TrainingArguments
 
 from hf_admm.patterns import SparsityPattern, parse_pattern
-from hf_admm.schedules import RHO_SCHEDULES, PhasePlan, to_steps
-
-
-# Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
-DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
-MASK_MODES = ("dynamic", "fixed")
-STATE_DTYPES = ("float32", "bfloat16")
-# Those that need no lr_scheduler_kwargs, and end when they are told to.
-PLAIN_SCHEDULERS = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
-
-_REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps")
-# Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
-# from a smaller rho starts at 0, which nothing can be divided by.
-_LEAST_RHO, _MOST = 1e-30, 1e30
-_LONGEST = 2**63 - 1
+from hf_admm.schedules import PhasePlan, to_steps
+from hf_admm.validation import DEFAULT_RHO, PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
 
 
 @dataclass
@@ -65,7 +51,7 @@ class ADMMTrainingArguments(TrainingArguments):
             Dtype of phase 1's state, one tensor of the size of the pruned weights. `"bfloat16"` halves it, and rounds
             the dual variable at each update.
         admm_state_offload (`bool`, *optional*, defaults to `False`):
-            Keeps the state of weights on a GPU in page-locked CPU memory, in both phases; each step copies it over.
+            Keeps the anchors of weights on a GPU in page-locked CPU memory, in both phases; each step copies them.
         admm_lr_scheduler_type (`str`, *optional*):
             Schedule of the learning rate in phase 1, one of those without arguments. `None` takes `lr_scheduler_type`.
             With `"constant_with_warmup"` W can follow Z until the switch, and phase 2 begins without a jump.
@@ -79,8 +65,9 @@ class ADMMTrainingArguments(TrainingArguments):
         srste_lr_multiplier (`float`, *optional*, defaults to `1.0`):
             Peak learning rate of phase 2, as a multiple of `learning_rate`. A pruned network often recovers faster at
             a higher rate than the one that suits the dense network.
-        mask_update_steps (`int`, *optional*, defaults to `1`):
-            Optimizer steps between two updates of the mask.
+        mask_update_steps (`int`, *optional*, defaults to `4`):
+            Optimizer steps between two updates of the mask. SR-STE as published updates it at every step, at a cost
+            of a few percent in short steps; the mask hardly changes from one to the next.
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
             The last part of the run, in which the mask is frozen: a share of the run if below 1, else optimizer steps.
 
@@ -137,7 +124,7 @@ class ADMMTrainingArguments(TrainingArguments):
     )
     admm_state_offload: bool = field(
         default=False,
-        metadata={"help": "Keep the state of weights on a GPU in CPU memory; each step copies it over."},
+        metadata={"help": "Keep the anchors of weights on a GPU in CPU memory; each step copies them."},
     )
     admm_lr_scheduler_type: str | None = field(
         default=None,
@@ -157,7 +144,7 @@ class ADMMTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Peak learning rate of phase 2, as a multiple of learning_rate."}
     )
     mask_update_steps: int = field(
-        default=1, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
+        default=4, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
     )
     mask_freeze_steps: float = field(
         default=0.1,
@@ -174,7 +161,7 @@ class ADMMTrainingArguments(TrainingArguments):
             raise ValueError(unsupported_backend("FSDP1"))
         if isinstance(self.sparsity_pattern, float):
             self.sparsity_pattern = str(self.sparsity_pattern)
-        for name in _REALS:
+        for name in REALS:
             if isinstance(value := getattr(self, name), str):  # YAML 1.1 reads 1e-3 as one
                 with suppress(ValueError):
                     setattr(self, name, float(value))
@@ -188,69 +175,8 @@ class ADMMTrainingArguments(TrainingArguments):
         Raises:
             `ValueError`: If a flag has a value that is not allowed.
         """
-        if not isinstance(self.sparsity_pattern, str):
-            raise ValueError(
-                f"sparsity_pattern={_shown(self.sparsity_pattern)} is not a string. YAML reads an unquoted 2:4 as a "
-                'number in base 60: write "2:4" in quotes.'
-            )
-        self.pattern  # noqa: B018  (parsing it is the check)
-        for name, allowed in (
-            ("admm_rho_schedule", tuple(RHO_SCHEDULES)),
-            ("admm_penalty", tuple(DEFAULT_RHO)),
-            ("srste_mask", MASK_MODES),
-            ("admm_state_dtype", STATE_DTYPES),
-            ("admm_lr_scheduler_type", PLAIN_SCHEDULERS),
-        ):
-            value = getattr(self, name)
-            if value is None and name == "admm_lr_scheduler_type":
-                continue
-            if not (isinstance(value, str) and value in allowed):
-                raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
-        for name in _REALS:
-            value = getattr(self, name)
-            if value is None and name == "admm_rho":
-                continue
-            least = _LEAST_RHO if name == "admm_rho" else 0
-            if not (_is(Real, value) and (value == 0 or least <= value <= _MOST)):
-                raise ValueError(
-                    f"{name}={_shown(value)} is not allowed: give a finite number of at least 0 (if it is not 0, from "
-                    f"{least:g} to {_MOST:g})."
-                )
-        if self.srste_lr_multiplier == 0:
-            raise ValueError(
-                "srste_lr_multiplier=0 is not allowed: phase 2 would not learn at all. Give a number above 0."
-            )
-        for name in ("admm_update_steps", "mask_update_steps"):
-            value = getattr(self, name)
-            if not (_is(Integral, value) and 1 <= value <= _LONGEST):
-                raise ValueError(
-                    f"{name}={_shown(value)} is not allowed: it is an interval, give a whole number of at least 1 "
-                    f"optimizer step (and at most {_LONGEST})."
-                )
-        for name in ("admm_steps", "mask_freeze_steps"):
-            value = getattr(self, name)
-            if value >= 1 and value != int(value):
-                raise ValueError(
-                    f"{name}={value} is neither a share of the run (below 1) nor a whole number of optimizer steps."
-                )
-        for name in ("sparsity_include", "sparsity_exclude"):
-            value = getattr(self, name)
-            names = value if isinstance(value, list | tuple) else [] if value is None else [value]
-            if not all(isinstance(entry, str) for entry in names):
-                raise ValueError(
-                    f"{name}={_shown(value)} is not allowed: give names of modules as strings, in a list, or one "
-                    "regular expression."
-                )
-        if not self.is_sparse:
-            return
-        optim = str(getattr(self.optim, "value", self.optim))
-        if optim.startswith("schedule_free") or optim.endswith(("lomo", "layerwise")):
-            raise ValueError(
-                f"optim={optim!r} is not supported by sparse training: it steps within the backward pass or swaps the "
-                "weights at evaluations, behind the mask's back. Choose another optimizer, or set "
-                "sparsity_pattern='none'."
-            )
-        if self.max_steps > 0:
+        validate_flags(self)
+        if self.is_sparse and self.max_steps > 0:
             self.phase_plan(self.max_steps)
 
     @property
@@ -280,7 +206,7 @@ class ADMMTrainingArguments(TrainingArguments):
         return _as_names(self.sparsity_exclude)
 
     @property
-    def anchors(self) -> dict:
+    def anchor_settings(self) -> dict:
         """How [`ADMMState.reset`] is to keep the anchors."""
         return {"anchor_dtype": getattr(torch, self.admm_state_dtype), "offload": self.admm_state_offload}
 
@@ -295,28 +221,6 @@ class ADMMTrainingArguments(TrainingArguments):
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
         freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
         return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
-
-
-def _is(kind: type, value) -> bool:
-    """A yes or no is no number, though Python counts with it."""
-    return isinstance(value, kind) and not isinstance(value, bool)
-
-
-def _shown(value) -> str:
-    """`repr`, which refuses integers of thousands of digits with an error that names no flag."""
-    try:
-        return repr(value)
-    except ValueError:
-        return f"a {type(value).__name__} with too many digits to show"
-
-
-def unsupported_backend(name: str) -> str:
-    """The message for a backend that sparse training does not support."""
-    return (
-        f"Sparse training under {name} is not supported (DeepSpeed in any stage, ZeRO-3 included, and FSDP1 are not): "
-        "its shards of the weights are out of reach of the pruning step. Train in one process, with DDP or with FSDP2 "
-        "(fsdp_config={'version': 2}), or set sparsity_pattern='none'."
-    )
 
 
 def _as_names(value: list[str] | str | None) -> list[str] | str | None:

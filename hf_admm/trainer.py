@@ -9,7 +9,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
-from hf_admm.arguments import ADMMTrainingArguments, unsupported_backend
+from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.audit import AuditReport
 from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
 from hf_admm.checkpointing import SparseCheckpointsMixin
@@ -18,6 +18,7 @@ from hf_admm.schedules import join_segments
 from hf_admm.shards import DTensor, reshard
 from hf_admm.state import ADMMState
 from hf_admm.targets import TargetSelection, select_targets
+from hf_admm.validation import unsupported_backend
 
 
 logger = logging.get_logger(__name__)

@@ -6,11 +6,13 @@ import re
 
 import pytest
 import torch
+import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_admm.arguments import DEFAULT_RHO, ADMMTrainingArguments
+from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.patterns import NMPattern, parse_pattern
 from hf_admm.schedules import RHO_SCHEDULES
+from hf_admm.validation import DEFAULT_RHO
 
 
 DEFAULTS = {
@@ -26,7 +28,9 @@ DEFAULTS = {
     "srste_mask": "dynamic",
     "srste_decay": 2e-4,
     "srste_lr_multiplier": 1.0,
-    "mask_update_steps": 1,
+    "admm_state_dtype": "float32",
+    "admm_state_offload": False,
+    "mask_update_steps": 4,
     "mask_freeze_steps": 0.1,
 }
 # Another value for each: as typed, as YAML holds it, and what becomes of it.
@@ -43,7 +47,9 @@ OTHERS = {
     "srste_mask": (["fixed"], "fixed", "fixed"),
     "srste_decay": (["0"], "0", 0),
     "srste_lr_multiplier": (["2.5"], "2.5", 2.5),
-    "mask_update_steps": (["4"], "4", 4),
+    "admm_state_dtype": (["bfloat16"], "bfloat16", "bfloat16"),
+    "admm_state_offload": (["true"], "true", True),
+    "mask_update_steps": (["8"], "8", 8),
     "mask_freeze_steps": (["0.25"], "0.25", 0.25),
 }
 OWN_FIELDS = [
@@ -155,7 +161,7 @@ def test_every_field_explains_itself(field):
         assert entry.endswith("*optional*")
     else:
         stated = re.search("defaults to `(.*)`", entry).group(1)
-        assert type(field.default)(json.loads(stated)) == field.default
+        assert type(field.default)(yaml.safe_load(stated)) == field.default
 
 
 # ---- "none" ----

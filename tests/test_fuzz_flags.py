@@ -13,10 +13,11 @@ from hypothesis import strategies as st
 from torch import nn
 from transformers import HfArgumentParser
 
-from hf_admm.arguments import DEFAULT_RHO, MASK_MODES, PLAIN_SCHEDULERS, ADMMTrainingArguments
+from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.patterns import parse_pattern
 from hf_admm.schedules import RHO_SCHEDULES
 from hf_admm.targets import select_targets
+from hf_admm.validation import DEFAULT_RHO, MASK_MODES, PLAIN_SCHEDULERS, STATE_DTYPES
 from tiny_runs import train
 
 
@@ -35,6 +36,8 @@ GOOD = {
     "srste_mask": st.sampled_from(MASK_MODES),
     "srste_decay": st.floats(0, 1),
     "srste_lr_multiplier": st.floats(1e-3, 10),
+    "admm_state_dtype": st.sampled_from(STATE_DTYPES),
+    "admm_state_offload": st.booleans(),
     "mask_update_steps": st.integers(1, 100),
     "mask_freeze_steps": st.floats(0, 1) | st.integers(0, 40),
 }

@@ -1,0 +1,118 @@
+"""What the flags of sparse fine-tuning may be."""
+
+from numbers import Integral, Real
+
+from hf_admm.schedules import RHO_SCHEDULES
+
+
+# Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
+DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
+MASK_MODES = ("dynamic", "fixed")
+STATE_DTYPES = ("float32", "bfloat16")
+# Those that need no lr_scheduler_kwargs, and end when they are told to.
+PLAIN_SCHEDULERS = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+
+REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps")
+# Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
+# from a smaller rho starts at 0, which nothing can be divided by.
+_LEAST_RHO, _MOST = 1e-30, 1e30
+_LONGEST = 2**63 - 1
+
+
+def validate_flags(args) -> None:
+    """
+    Checks the flags of [`ADMMTrainingArguments`].
+
+    Args:
+        args ([`ADMMTrainingArguments`]):
+            The arguments.
+
+    Raises:
+        `ValueError`: If a flag has a value that is not allowed; the message says which are.
+    """
+    if not isinstance(args.sparsity_pattern, str):
+        raise ValueError(
+            f"sparsity_pattern={_shown(args.sparsity_pattern)} is not a string. YAML reads an unquoted 2:4 as a "
+            'number in base 60: write "2:4" in quotes.'
+        )
+    args.pattern  # noqa: B018  (parsing it is the check)
+    for name, allowed in (
+        ("admm_rho_schedule", tuple(RHO_SCHEDULES)),
+        ("admm_penalty", tuple(DEFAULT_RHO)),
+        ("srste_mask", MASK_MODES),
+        ("admm_state_dtype", STATE_DTYPES),
+        ("admm_lr_scheduler_type", PLAIN_SCHEDULERS),
+    ):
+        value = getattr(args, name)
+        if value is None and name == "admm_lr_scheduler_type":
+            continue
+        if not (isinstance(value, str) and value in allowed):
+            raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
+    for name in REALS:
+        value = getattr(args, name)
+        if value is None and name == "admm_rho":
+            continue
+        least = _LEAST_RHO if name == "admm_rho" else 0
+        if not (_is(Real, value) and (value == 0 or least <= value <= _MOST)):
+            raise ValueError(
+                f"{name}={_shown(value)} is not allowed: give a finite number of at least 0 (if it is not 0, from "
+                f"{least:g} to {_MOST:g})."
+            )
+    if args.srste_lr_multiplier == 0:
+        raise ValueError(
+            "srste_lr_multiplier=0 is not allowed: phase 2 would not learn at all. Give a number above 0."
+        )
+    for name in ("admm_update_steps", "mask_update_steps"):
+        value = getattr(args, name)
+        if not (_is(Integral, value) and 1 <= value <= _LONGEST):
+            raise ValueError(
+                f"{name}={_shown(value)} is not allowed: it is an interval, give a whole number of at least 1 "
+                f"optimizer step (and at most {_LONGEST})."
+            )
+    for name in ("admm_steps", "mask_freeze_steps"):
+        value = getattr(args, name)
+        if value >= 1 and value != int(value):
+            raise ValueError(
+                f"{name}={value} is neither a share of the run (below 1) nor a whole number of optimizer steps."
+            )
+    if not isinstance(args.admm_state_offload, bool):
+        raise ValueError(f"admm_state_offload={_shown(args.admm_state_offload)} is not allowed: give true or false.")
+    for name in ("sparsity_include", "sparsity_exclude"):
+        value = getattr(args, name)
+        names = value if isinstance(value, list | tuple) else [] if value is None else [value]
+        if not all(isinstance(entry, str) for entry in names):
+            raise ValueError(
+                f"{name}={_shown(value)} is not allowed: give names of modules as strings, in a list, or one "
+                "regular expression."
+            )
+    if not args.is_sparse:
+        return
+    optim = str(getattr(args.optim, "value", args.optim))
+    if optim.startswith("schedule_free") or optim.endswith(("lomo", "layerwise")):
+        raise ValueError(
+            f"optim={optim!r} is not supported by sparse training: it steps within the backward pass or swaps the "
+            "weights at evaluations, behind the mask's back. Choose another optimizer, or set "
+            "sparsity_pattern='none'."
+        )
+
+
+def unsupported_backend(name: str) -> str:
+    """The message for a backend that sparse training does not support."""
+    return (
+        f"Sparse training under {name} is not supported (DeepSpeed in any stage, ZeRO-3 included, and FSDP1 are not): "
+        "its shards of the weights are out of reach of the pruning step. Train in one process, with DDP or with FSDP2 "
+        "(fsdp_config={'version': 2}), or set sparsity_pattern='none'."
+    )
+
+
+def _is(kind: type, value) -> bool:
+    """A yes or no is no number, though Python counts with it."""
+    return isinstance(value, kind) and not isinstance(value, bool)
+
+
+def _shown(value) -> str:
+    """`repr`, which refuses integers of thousands of digits with an error that names no flag."""
+    try:
+        return repr(value)
+    except ValueError:
+        return f"a {type(value).__name__} with too many digits to show"
