@@ -92,7 +92,7 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         `ValueError`: If there are no safetensors, or a file is damaged or missing.
     """
-    for file, names in _files(path).items():
+    for file, names in weight_files(path).items():
         with _open(file) as tensors:
             for name in names if names is not None else tensors.keys():
                 yield name, tensors.get_tensor(name)
@@ -114,7 +114,7 @@ def read_names(path: Path) -> set[str]:
         `ValueError`: If there are no safetensors, or a file is damaged or missing.
     """
     found: set[str] = set()
-    for file, names in _files(path).items():
+    for file, names in weight_files(path).items():
         with _open(file) as tensors:
             found.update(names if names is not None else tensors.keys())
     return found
@@ -129,8 +129,20 @@ def _open(file: Path):
         raise ValueError(f"{file} is not a readable safetensors file ({error}). Copy or save it again.") from error
 
 
-def _files(path: Path) -> dict[Path, list[str] | None]:
-    """The files of a checkpoint with the tensors to read from each, `None` for all."""
+def weight_files(path: Path) -> dict[Path, list[str] | None]:
+    """
+    The safetensors files of a checkpoint.
+
+    Args:
+        path (`Path`):
+            Its folder, or one file.
+
+    Returns:
+        `dict[Path, list[str]]`: For each file the tensors to read from it, `None` for all.
+
+    Raises:
+        `ValueError`: If there are none, or the index is damaged or names files that are not there.
+    """
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(
@@ -148,7 +160,7 @@ def _files(path: Path) -> dict[Path, list[str] | None]:
     raise ValueError(
         f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME} (weights found there: "
         f"{', '.join(sorted(found)) or 'none'}). Give the folder or file of one checkpoint. Only safetensors are "
-        "audited: load a model saved otherwise with from_pretrained and save it again with save_pretrained."
+        "read: load a model saved otherwise with from_pretrained and save it again with save_pretrained."
     )
 
 

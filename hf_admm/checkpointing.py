@@ -140,7 +140,8 @@ class SparseCheckpointsMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.is_sparse:
             self.last_checkpoint = Path(checkpoint)
-            self.sparsity.reset(self.model, self.args.pattern, self.select_targets().targets, **self.args.anchor_settings)
+            targets = self.select_targets().targets
+            self.sparsity.reset(self.model, self.args.pattern, targets, **self.args.anchor_settings)
             load_sidecar(self.sparsity, checkpoint)
 
     def _load_renamed(self, checkpoint: str) -> bool:

@@ -1,0 +1,1 @@
+"""Packed checkpoints, a format for storage: `codec` <- `header` <- `files` <- `writing` <- `checkpoints`."""
