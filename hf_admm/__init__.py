@@ -15,6 +15,7 @@ if (_root / "setup.cfg").is_file() and not (Path(__file__).parent / "callbacks")
 if TYPE_CHECKING:
     from hf_admm.arguments import ADMMTrainingArguments
     from hf_admm.audit import audit_checkpoint
+    from hf_admm.inference import accelerate_inference, restore_dense
     from hf_admm.patterns import parse_pattern
     from hf_admm.projections import project, sparsity_mask
     from hf_admm.targets import select_targets
@@ -24,9 +25,11 @@ _HOMES = {
     "ADMMTrainer": "trainer",
     "ADMMTrainerMixin": "trainer",
     "ADMMTrainingArguments": "arguments",
+    "accelerate_inference": "inference",
     "audit_checkpoint": "audit",
     "parse_pattern": "patterns",
     "project": "projections",
+    "restore_dense": "inference",
     "select_targets": "targets",
     "sparsity_mask": "projections",
 }
@@ -36,9 +39,11 @@ __all__ = [
     "ADMMTrainerMixin",
     "ADMMTrainingArguments",
     "__version__",
+    "accelerate_inference",
     "audit_checkpoint",
     "parse_pattern",
     "project",
+    "restore_dense",
     "select_targets",
     "sparsity_mask",
 ]
