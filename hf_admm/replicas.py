@@ -17,7 +17,7 @@ def check_replicas(tensors: Mapping[str, torch.Tensor]) -> None:
 
     Args:
         tensors (`Mapping[str, torch.Tensor]`):
-            Matrices or vectors that should be the same everywhere.
+            Matrices or vectors that should be the same everywhere, the first of them where processes talk.
 
     Raises:
         `RuntimeError`: On every process, if one differs anywhere; the message names them all.
@@ -26,7 +26,8 @@ def check_replicas(tensors: Mapping[str, torch.Tensor]) -> None:
         return
     if not tensors:
         return
-    mine = torch.stack([digest(tensor) for tensor in tensors.values()])
+    device = next(iter(tensors.values())).device
+    mine = torch.stack([digest(tensor).to(device) for tensor in tensors.values()])
     everyone = [torch.empty_like(mine) for _ in range(distributed.get_world_size())]
     distributed.all_gather(everyone, mine)
     differs = (torch.stack(everyone) != everyone[0]).any(dim=0)

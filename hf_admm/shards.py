@@ -32,7 +32,7 @@ def gather(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
     Args:
         part (`torch.Tensor`):
-            This process's part, of the shape of `local(weight)`.
+            This process's part, of the shape of `local(weight)`, on any device.
         weight (`torch.Tensor`):
             The weight.
 
@@ -42,6 +42,7 @@ def gather(part: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
     if not isinstance(weight, DTensor):
         return part
     shape, stride = weight.shape, weight.stride()
+    part = part.to(local(weight).device)  # what talks to the other processes may know no other device
     return DTensor.from_local(
         part, weight.device_mesh, weight.placements, run_check=False, shape=shape, stride=stride
     ).full_tensor()
