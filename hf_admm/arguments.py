@@ -65,9 +65,8 @@ class ADMMTrainingArguments(TrainingArguments):
         srste_lr_multiplier (`float`, *optional*, defaults to `1.0`):
             Peak learning rate of phase 2, as a multiple of `learning_rate`. A pruned network often recovers faster at
             a higher rate than the one that suits the dense network.
-        mask_update_steps (`int`, *optional*, defaults to `4`):
-            Optimizer steps between two updates of the mask. SR-STE as published updates it at every step, at a cost
-            of a few percent in short steps; the mask hardly changes from one to the next.
+        mask_update_steps (`int`, *optional*, defaults to `1`):
+            Optimizer steps between two updates of the mask.
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
             The last part of the run, in which the mask is frozen: a share of the run if below 1, else optimizer steps.
 
@@ -144,7 +143,7 @@ class ADMMTrainingArguments(TrainingArguments):
         default=1.0, metadata={"help": "Peak learning rate of phase 2, as a multiple of learning_rate."}
     )
     mask_update_steps: int = field(
-        default=4, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
+        default=1, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
     )
     mask_freeze_steps: float = field(
         default=0.1,

@@ -8,7 +8,7 @@ import torch
 
 def chunk_size(device: torch.device) -> int:
     """How many entries to work on at a time: on a CPU, as many as the caches hold and outweigh the cost of a call."""
-    return min(1 << 18 << (torch.get_num_threads() - 1), 1 << 21) if device.type == "cpu" else 1 << 24
+    return 1 << 18 if device.type == "cpu" else 1 << 24
 
 
 def row_chunks(*tensors: torch.Tensor, multiple: int = 1) -> Iterator[tuple[torch.Tensor, ...]]:

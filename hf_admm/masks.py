@@ -42,17 +42,17 @@ def unpack_mask(packed: torch.Tensor, shape: torch.Size) -> torch.Tensor:
         `torch.BoolTensor` of that shape.
     """
     words, _ = _tables(packed.device)
-    return words[packed.int()].view(torch.bool)[: shape.numel()].view(shape)
+    return words.index_select(0, packed.int()).view(torch.bool)[: shape.numel()].view(shape)
 
 
 def count_flips(packed: torch.Tensor, other: torch.Tensor) -> torch.Tensor:
     """In how many entries two packed masks of one shape differ."""
     _, ones = _tables(packed.device)
-    return ones[(packed ^ other).int()].sum()
+    return ones.index_select(0, (packed ^ other).int()).sum()
 
 
 @functools.lru_cache(maxsize=8)
 def _tables(device: torch.device) -> tuple[torch.Tensor, torch.Tensor]:
     """For each byte, its bits as eight bytes in one integer, and how many of them are set."""
     bits = (torch.arange(256)[:, None] >> torch.arange(8)) & 1
-    return bits.to(torch.uint8).view(torch.int64).view(-1).to(device), bits.sum(dim=1).to(torch.int8).to(device)
+    return bits.to(torch.uint8).view(torch.int64).view(-1).to(device), bits.sum(dim=1).to(device)

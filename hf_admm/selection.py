@@ -2,13 +2,14 @@
 
 They work on keys, integers that order the entries by magnitude, and break ties by position: the first entry of a group
 wins. What costs time is memory traffic, and loops that the processor can't vectorise. So callers hand over a weight in
-chunks that stay in the cache; a comparison writes integers of the keys' own type, since those of torch that write
-booleans are not vectorised; and the wins of an entry are counted in single bytes.
+chunks that stay in the cache, wins are counted in single bytes, and on a CPU NumPy compares: torch's comparisons that
+write booleans are not vectorised there.
 """
 
 import functools
 from collections.abc import Iterator
 
+import numpy as np
 import torch
 
 from hf_admm.chunks import chunk_size
@@ -17,7 +18,7 @@ from hf_admm.chunks import chunk_size
 # Beyond this group size, finding the threshold of each group is faster than comparing its entries with each other.
 WIDEST_COMPARED = 64
 # Comparing where the entries lie costs M - 1 comparisons an entry; laid out by columns half of them, and the layout.
-WIDEST_IN_PLACE = 8
+WIDEST_IN_PLACE = 32
 
 # Of a large group, the threshold lies between two values of a sample nearly always, and few entries do.
 _SAMPLE = 1 << 16
@@ -59,7 +60,7 @@ def largest_in_rows(keys: torch.Tensor, group_size: int, kept: int) -> torch.Ten
 
     Args:
         keys (`torch.Tensor` of shape `(groups * group_size,)`):
-            Integers, contiguous.
+            Integers, contiguous, on a CPU.
         group_size (`int`):
             Entries in a group, at most 127.
         kept (`int`):
@@ -68,25 +69,24 @@ def largest_in_rows(keys: torch.Tensor, group_size: int, kept: int) -> torch.Ten
     Returns:
         `torch.BoolTensor` of the shape of `keys`.
     """
-    inside, place = _group_layout(group_size, max(len(keys), chunk_size(keys.device)), keys.device)
-    wins = place[: len(keys)].clone()  # against those before it, less what it loses to them below
-    earlier_wins, won = torch.empty_like(keys), torch.empty_like(wins)
+    keys = keys.numpy()
+    inside, place = _group_layout(group_size, max(len(keys), chunk_size(torch.device("cpu"))))
+    wins = place[: len(keys)].copy()  # against those before it, less what it loses to them below
+    earlier_wins = np.empty(len(keys), dtype=bool)
     for shift in range(1, group_size):
-        pairs = len(keys) - shift
-        torch.ge(keys[:-shift], keys[shift:], out=earlier_wins[:pairs])
-        won[:pairs].copy_(earlier_wins[:pairs]).bitwise_and_(inside[shift - 1][:pairs])
-        wins[:-shift].add_(won[:pairs])
-        wins[shift:].sub_(won[:pairs])
-    return wins.ge_(group_size - kept).view(torch.bool)
+        won = np.greater_equal(keys[:-shift], keys[shift:], out=earlier_wins[:-shift])
+        won &= inside[shift - 1][: len(won)]
+        wins[:-shift] += won.view(np.int8)
+        wins[shift:] -= won.view(np.int8)
+    return torch.from_numpy(wins >= group_size - kept)
 
 
 @functools.lru_cache(maxsize=8)
-def _group_layout(group_size: int, length: int, device: torch.device) -> tuple[list[torch.Tensor], torch.Tensor]:
-    """For each shift, 1 where an entry shares its group with the one so far behind it; and its place in its group."""
-    place = torch.arange(group_size, dtype=torch.int8, device=device)
+def _group_layout(group_size: int, length: int) -> tuple[list[np.ndarray], np.ndarray]:
+    """For each shift, whether an entry shares its group with the one so far behind it; and its place in its group."""
+    place = np.arange(group_size, dtype=np.int8)
     repeats = -(-length // group_size)
-    inside = [(place + shift < group_size).to(torch.int8).repeat(repeats) for shift in range(1, group_size)]
-    return inside, place.repeat(repeats)
+    return [np.tile(place + shift < group_size, repeats) for shift in range(1, group_size)], np.tile(place, repeats)
 
 
 def largest_in_columns(keys: torch.Tensor, kept: int) -> torch.Tensor:
@@ -104,14 +104,17 @@ def largest_in_columns(keys: torch.Tensor, kept: int) -> torch.Tensor:
     """
     size = len(keys)
     wins = torch.arange(size, dtype=torch.int8, device=keys.device)[:, None].repeat(1, keys.shape[1])
-    earlier_wins, won = torch.empty_like(keys), torch.empty_like(wins)
+    compare = _compare_on_cpu if keys.device.type == "cpu" else torch.ge
     for shift in range(1, size):
-        pairs = size - shift
-        torch.ge(keys[:-shift], keys[shift:], out=earlier_wins[:pairs])
-        won[:pairs].copy_(earlier_wins[:pairs])
-        wins[:-shift].add_(won[:pairs])
-        wins[shift:].sub_(won[:pairs])
-    return wins.ge_(size - kept).view(torch.bool)
+        won = compare(keys[:-shift], keys[shift:]).view(torch.int8)
+        wins[:-shift].add_(won)
+        wins[shift:].sub_(won)
+    return _compare_on_cpu(wins, size - kept) if wins.device.type == "cpu" else wins >= size - kept
+
+
+def _compare_on_cpu(one: torch.Tensor, other: torch.Tensor | int) -> torch.Tensor:
+    """`one >= other`."""
+    return torch.from_numpy(one.numpy() >= (other.numpy() if isinstance(other, torch.Tensor) else other))
 
 
 def largest_by_threshold(groups: torch.Tensor, kept: int) -> torch.Tensor:
@@ -142,11 +145,11 @@ def _largest_of_all(values: torch.Tensor, kept: int) -> torch.Tensor:
     sample = magnitude_keys(values[:: size // _SAMPLE | 1]).sort().values  # an odd stride: rarely in step with rows
     rank, margin = len(sample) - len(sample) * kept // size, 4 * int(len(sample) ** 0.5)
     low, high = (sample[min(max(at, 0), len(sample) - 1)] for at in (rank - margin, rank + margin))
-    mask, between = torch.empty_like(values, dtype=torch.int8), []
+    mask, between = torch.empty_like(values, dtype=torch.bool), []
     for keys, flags in _key_chunks(values, mask):
-        flags.copy_(torch.gt(keys, high, out=torch.empty_like(keys)))
-        reach = torch.ge(keys, low, out=torch.empty_like(keys)).to(torch.int8)
-        between.append(keys[reach.sub_(flags).view(torch.bool)])
+        np.greater(keys.numpy(), high.item(), out=flags.numpy())
+        reach = torch.from_numpy(keys.numpy() >= low.item())
+        between.append(keys[reach.logical_xor_(flags)])
     candidates, missing = torch.cat(between), kept - int(mask.count_nonzero())
     if not 0 < missing <= candidates.numel():  # an unlucky sample
         candidates, missing = magnitude_keys(values), kept
@@ -154,8 +157,7 @@ def _largest_of_all(values: torch.Tensor, kept: int) -> torch.Tensor:
     missing -= int((candidates > threshold).sum())
     ties = int((candidates == threshold).sum())
     for keys, flags in _key_chunks(values, mask):
-        flags.copy_(torch.ge(keys, threshold, out=torch.empty_like(keys)))
-    mask = mask.view(torch.bool)
+        np.greater_equal(keys.numpy(), threshold.item(), out=flags.numpy())
     if ties > missing:
         mask[(magnitude_keys(values) == threshold).nonzero().view(-1)[missing:]] = False
     return mask

@@ -30,7 +30,7 @@ DEFAULTS = {
     "srste_lr_multiplier": 1.0,
     "admm_state_dtype": "float32",
     "admm_state_offload": False,
-    "mask_update_steps": 4,
+    "mask_update_steps": 1,
     "mask_freeze_steps": 0.1,
 }
 # Another value for each: as typed, as YAML holds it, and what becomes of it.
