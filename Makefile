@@ -1,4 +1,4 @@
-.PHONY: quality style test kill fuzz quickstart clean
+.PHONY: quality style test kill fuzz quickstart bench clean
 
 PYTHON ?= python
 
@@ -25,7 +25,15 @@ fuzz:
 quickstart:
 	$(PYTHON) -m hf_admm.cli quickstart
 
+# Every figure anew, then the tables of the README and docs/benchmarks.md. Nothing else should run meanwhile.
+bench:
+	$(PYTHON) -m benchmarks.projection
+	$(PYTHON) -m benchmarks.step_overhead
+	$(PYTHON) -m benchmarks.memory
+	$(PYTHON) -m benchmarks.scale
+	$(PYTHON) -m benchmarks.table
+
 # setuptools puts what it finds in build/ into the next wheel, files since deleted included.
 clean:
 	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
-	find hf_admm callbacks configs tests -name __pycache__ -prune -exec rm -rf {} +
+	find hf_admm callbacks configs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
