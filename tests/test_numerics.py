@@ -110,6 +110,15 @@ def test_a_bfloat16_state_is_half_as_large_and_resumes_to_the_same_bits(tiny_ber
         assert all(torch.equal(straight[name], weight) for name, weight in resumed.items())
 
 
+def test_without_a_gpu_there_is_nothing_to_offload(tiny_bert, token_data, tmp_path):
+    data = token_data()
+    runs = [
+        weights(train(tiny_bert(), data, tmp_path / str(offload), admm_state_offload=offload).model)
+        for offload in (False, True)
+    ]
+    assert all(torch.equal(runs[0][name], weight) for name, weight in runs[1].items())
+
+
 def state_bytes(trainer) -> int:
     held = [*trainer.sparsity.anchors.values(), *trainer.sparsity.masks.values()]
     return sum({t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in held}.values())
