@@ -31,16 +31,13 @@ class SRSTECallback(TrainerCallback):
             self.state.start_srste(step)
         if self.state.phase == "srste":
             due = step != self.state.updated_at and (step - plan.admm_steps) % args.mask_update_steps == 0
-            if due and step <= plan.freeze_step:
-                self.state.refresh_masks(step)
+            self.state.mask_weights(step if due and step <= plan.freeze_step else None)
             if (step - plan.admm_steps) % args.admm_update_steps == 0:  # as often as in phase 1
                 self.state.check_replicas()
-            self.state.mask_weights()
 
     def on_pre_optimizer_step(self, args, state, control, **kwargs):
         if self.state.masked:
-            self.state.pull_gradients(args.srste_decay)
-            self.state.unmask_weights()
+            self.state.unmask_weights(args.srste_decay)
 
     def on_train_end(self, args, state, control, **kwargs):
         if self.state.phase in ("admm", "srste"):

@@ -34,8 +34,7 @@ class ADMMState:
     Lifecycle:
         - `reset`, then `start_admm` or `start_srste` (or `sidecar.load_sidecar`, on resume)
         - phase `"admm"`: `pull_gradients` or `pull_weights` every step, `update_dual` every few
-        - phase `"srste"`: `mask_weights` before each forward, `unmask_weights` after the backward, `refresh_masks`
-          every few steps
+        - phase `"srste"`: `mask_weights` before each forward, `unmask_weights` after the backward
         - `finish`: phase `"sparse"`, the zeros are in the weights for good
     """
 
@@ -197,17 +196,19 @@ class ADMMState:
 
         Args:
             strength (`float`):
-                Rho in phase 1, SR-STE's lambda in phase 2; times the loss scale where gradients are scaled.
+                Rho, times the loss scale where gradients are scaled.
         """
-        if not strength:
-            return
-        for name, weight in self.local_weights():
-            parameter = self.weights[name]
-            if parameter.grad is None:  # unused in this batch, but its penalty is there all the same
-                parameter.grad = torch.zeros_like(parameter)
-            # While masked, the weight holds M*W and the anchor W: the same difference, the other way round.
-            pair = (self.anchors[name], weight) if name in self.aside else (weight, self.anchors[name])
-            pull(local(parameter.grad), *pair, strength)
+        for name in self.weights if strength else ():
+            self._pull(name, strength)
+
+    def _pull(self, name: str, strength: float) -> None:
+        parameter, anchor = self.weights[name], self.anchors[name]
+        weight = local(parameter.detach())
+        if parameter.grad is None:  # unused in this batch, but its penalty is there all the same
+            parameter.grad = torch.zeros_like(parameter)
+        # While masked, the weight holds M*W and the anchor W: the same difference, the other way round.
+        pair = (anchor, weight) if name in self.aside else (weight, anchor)
+        pull(local(parameter.grad), *pair, strength)
 
     # ---- Phase 2 ----
 
@@ -224,35 +225,43 @@ class ADMMState:
         self.phase, self.updated_at = "srste", step
 
     @tensor_work
-    def refresh_masks(self, step: int) -> None:
+    def mask_weights(self, refresh_at: int | None = None) -> None:
         """
-        Lets the masks follow the weights.
+        Puts M*W in the place of W, and W in the anchor.
 
         Args:
-            step (`int`):
-                Optimizer steps done.
+            refresh_at (`int`, *optional*):
+                Optimizer steps done, if M is to follow W before; `None` to leave it.
         """
-        flips = {}
-        for name in self.weights:
-            old, self.masks[name] = self.masks[name], pack_mask(self._projection_mask(name))
-            flips[name] = count_flips(self.masks[name], old)
-        self.figures["mask_flips"] = self._share(flips)
-        self.updated_at = step
-
-    @tensor_work
-    def mask_weights(self) -> None:
-        """Puts M*W in the place of W, and W in the anchor."""
         reshard(self.model)
+        flips = {}
         for name, weight in self.local_weights():
+            if refresh_at is None:
+                mask = self.mask(name)
+            else:
+                mask = self._projection_mask(name)
+                old, self.masks[name] = self.masks[name], pack_mask(mask)
+                flips[name] = count_flips(self.masks[name], old)
             self.anchors[name].copy_(weight)
             self.aside.add(name)  # whatever interrupts this (memory, a keyboard), it is known where W is
-            zero_outside(weight, self.mask(name))
+            zero_outside(weight, mask)
+        if refresh_at is not None:
+            self.figures["mask_flips"] = self._share(flips)
+            self.updated_at = refresh_at
 
     @tensor_work
-    def unmask_weights(self) -> None:
-        """Puts W back, if it is masked."""
+    def unmask_weights(self, decay: float = 0.0) -> None:
+        """
+        Puts W back, where it is masked.
+
+        Args:
+            decay (`float`, *optional*, defaults to 0.0):
+                Added to the gradients before, times the pruned part of W: SR-STE's lambda.
+        """
         for name, weight in self.local_weights():
             if name in self.aside:
+                if decay:
+                    self._pull(name, decay)
                 weight.copy_(self.anchors[name])
                 self.aside.remove(name)
 

@@ -83,15 +83,12 @@ def train(model, state, steps, folder):
             state.update_dual(step, 0.1 * step)
         elif step == 6:
             state.start_srste(step)
-        elif step > 6:
-            state.refresh_masks(step)
         if state.phase == "srste":
-            state.mask_weights()
+            state.mask_weights(step if step > 6 else None)
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
         nn.functional.cross_entropy(model(x), torch.arange(8) % 2).backward()
         if state.masked:
-            state.pull_gradients(0.01)
-            state.unmask_weights()
+            state.unmask_weights(0.01)
         else:
             state.pull_gradients(state.rho)
         optimizer.step()

@@ -3,20 +3,21 @@
 import pytest
 import torch
 
-from hf_admm.masks import count_flips, pack_mask, unpack_mask
+from hf_admm.masks import count_flips, pack_mask, pack_words, unpack_mask, unpack_words
 
 
 SHAPES = [(1, 1), (1, 8), (3, 5), (16, 16), (7, 9), (0, 4), (64, 96)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
-def test_every_bit_has_its_place(shape):
+@pytest.mark.parametrize(("pack", "unpack"), [(pack_mask, unpack_mask), (pack_words, unpack_words)])
+def test_every_bit_has_its_place(pack, unpack, shape):
     mask = torch.rand(shape, generator=torch.Generator().manual_seed(0)) < 0.5
-    packed = pack_mask(mask)
+    packed = pack(mask)
     assert packed.dtype == torch.uint8 and packed.shape == (-(-mask.numel() // 8),)
     bits = [byte >> bit & 1 for byte in packed.tolist() for bit in range(8)]
     assert bits == mask.flatten().int().tolist() + [0] * (-mask.numel() % 8)
-    restored = unpack_mask(packed, mask.shape)
+    restored = unpack(packed, mask.shape)
     assert restored.dtype == torch.bool and torch.equal(restored, mask)
 
 
