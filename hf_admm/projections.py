@@ -111,11 +111,10 @@ def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
     rows, columns = _group_sides(pattern, transposed)
     in_place = rows == 1 and columns <= WIDEST_IN_PLACE and tensor.device.type == "cpu"
     for part, selected in row_chunks(tensor, mask, multiple=rows):
-        keys = magnitude_keys(part)
         if in_place:
-            selected.copy_(largest_in_rows(keys.view(-1), columns, pattern.kept).view(part.shape))
+            largest_in_rows(part.reshape(-1), columns, pattern.kept, selected.view(-1))
         else:
-            layout = _columns(keys, pattern, transposed)
+            layout = _columns(magnitude_keys(part), pattern, transposed)
             won = largest_in_columns(layout.reshape(pattern.group_size, -1), pattern.kept)
             _columns(selected, pattern, transposed).copy_(won.view(layout.shape))
     return mask

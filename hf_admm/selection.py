@@ -7,6 +7,7 @@ write booleans are not vectorised there.
 """
 
 import functools
+import threading
 from collections.abc import Iterator
 
 import numpy as np
@@ -53,32 +54,52 @@ def magnitude_keys(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(integer) & torch.iinfo(integer).max
 
 
-def largest_in_rows(keys: torch.Tensor, group_size: int, kept: int) -> torch.Tensor:
+class _Scratch(threading.local):
+    """Buffers of each thread that outlive a call: memory fresh from the system costs more than the work done in it."""
+
+    def __init__(self):
+        self.buffers = {}
+
+    def get(self, name: str, length: int, dtype: type) -> np.ndarray:
+        buffer = self.buffers.get((name, dtype))
+        if buffer is None or len(buffer) < length:
+            buffer = self.buffers[name, dtype] = np.empty(length, dtype)
+        return buffer[:length]
+
+
+_scratch = _Scratch()
+
+
+def largest_in_rows(values: torch.Tensor, group_size: int, kept: int, mask: torch.Tensor) -> None:
     """
     Selects in groups of consecutive entries, where they lie: each entry meets the one `s` behind it, for `s` from 1 to
     `group_size - 1`, and what crosses into the next group is struck out.
 
     Args:
-        keys (`torch.Tensor` of shape `(groups * group_size,)`):
-            Integers, contiguous, on a CPU.
+        values (`torch.Tensor` of shape `(groups * group_size,)`):
+            Values, not keys, contiguous and on a CPU.
         group_size (`int`):
             Entries in a group, at most 127.
         kept (`int`):
             How many to select in each.
-
-    Returns:
-        `torch.BoolTensor` of the shape of `keys`.
+        mask (`torch.BoolTensor` of the shape of `values`):
+            Where the selection is written.
     """
-    keys = keys.numpy()
-    inside, place = _group_layout(group_size, max(len(keys), chunk_size(torch.device("cpu"))))
-    wins = place[: len(keys)].copy()  # against those before it, less what it loses to them below
-    earlier_wins = np.empty(len(keys), dtype=bool)
+    length = len(values)
+    if values.is_floating_point():
+        bits = values.view(SAME_SIZE_INTEGER[values.element_size()]).numpy()
+        keys = np.bitwise_and(bits, np.iinfo(bits.dtype).max, out=_scratch.get("keys", length, bits.dtype.type))
+    else:
+        keys = magnitude_keys(values).numpy()
+    inside, place = _group_layout(group_size, max(length, chunk_size(values.device)))
+    wins, earlier_wins = _scratch.get("wins", length, np.int8), _scratch.get("earlier wins", length, np.bool_)
+    wins[:] = place[:length]  # against those before it, less what it loses to them below
     for shift in range(1, group_size):
         won = np.greater_equal(keys[:-shift], keys[shift:], out=earlier_wins[:-shift])
         won &= inside[shift - 1][: len(won)]
         wins[:-shift] += won.view(np.int8)
         wins[shift:] -= won.view(np.int8)
-    return torch.from_numpy(wins >= group_size - kept)
+    np.greater_equal(wins, group_size - kept, out=mask.numpy())
 
 
 @functools.lru_cache(maxsize=8)
