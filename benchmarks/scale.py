@@ -144,7 +144,7 @@ def compare(size: str, optimizer: str, plain: list[dict], ours: list[dict]) -> l
         rows.append(row(f"state of {phase}, {label}", state, at_most=1.05, headline=False))
     starts = [a["first_step"] / b["first_step"] for a, b in zip(ours, plain, strict=True)]
     note = f"{statistics.median([run['first_step'] for run in ours]):.1f} s"
-    rows.append(row(f"process start to the end of the first step, {label}", starts, headline=True, note=note))
+    rows.append(row(f"process start to the end of the first step, {label}", starts, headline=False, note=note))
     for index, phase in enumerate(PHASES):
         saves = [a["saves"][index] / b["saves"][index] for a, b in zip(ours, plain, strict=True)]
         note = f"{statistics.median([run['saves'][index] for run in ours]):.2f} s"

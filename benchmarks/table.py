@@ -37,7 +37,8 @@ def short_table(results: list[dict]) -> str:
     sources = []
     for result in results:
         rows = [row for row in result["rows"] if row.get("headline", _target(row) != "")]
-        lines += [f"| {row['figure']} | {_measured(row)} | {_target(row)} | {_beside(row)} |" for row in rows]
+        for row in rows:
+            lines.append(f"| {row['figure']} | {_measured(row)}{_by_hooks(row)} | {_target(row)} | {_beside(row)} |")
         sources += [f"- `{result['command']}`: {_machine(result)}"] if rows else []
     return "\n".join([*lines, "", *sources]) if sources else "No results yet: `make bench`."
 
@@ -75,6 +76,10 @@ def _unit(row: dict) -> str:
 
 def _measured(row: dict) -> str:
     return _number(row["result"]["median"]) + _unit(row) if "result" in row else "not measured"
+
+
+def _by_hooks(row: dict) -> str:
+    return f" ({_number(row['by_hooks']['median'])}x by the time in our code)" if "by_hooks" in row else ""
 
 
 def _target(row: dict) -> str:
