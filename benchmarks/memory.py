@@ -6,8 +6,8 @@ Memory of training beside plain `Trainer`, each contender in a process of its ow
   mask), without the state, per peak of plain `Trainer`.
 
 Both come from the allocations themselves: the profiler records each one on the CPU, from before the model is built;
-on a GPU its allocator counts. The growth of the process (resident set) within the same steps is reported beside them: it
-alone holds what NumPy allocates, the packed masks and some 2 MiB of buffers.
+on a GPU its allocator counts. The growth of the process (resident set) within the same steps is reported beside them:
+it alone holds what NumPy allocates, the packed masks and some 2 MiB of buffers.
 """
 
 import argparse
