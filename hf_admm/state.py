@@ -17,14 +17,14 @@ import torch
 from torch import nn
 
 from hf_admm.audit import AuditReport, audit_weights
-from hf_admm.chunks import row_chunks, tensor_work
+from hf_admm.chunks import tensor_work
 from hf_admm.masks import count_flips, pack_mask, unpack_mask
 from hf_admm.patterns import SparsityPattern
 from hf_admm.projections import sparsity_mask, zero_outside
 from hf_admm.replicas import check_replicas
 from hf_admm.shards import DTensor, gather, local, reshard, scatter, shard_count, straddles, total
 from hf_admm.targets import Target, named_parameters
-from hf_admm.updates import dual_step, proximal_step, pull, squared_distance
+from hf_admm.updates import dual_step, proximal_step, pull, residuals, squared_distance, squared_outside
 
 
 class ADMMState:
@@ -124,11 +124,9 @@ class ADMMState:
         Raises:
             `RuntimeError`: If one differs.
         """
-        whole = {name: weight for name, weight in self.weights.items() if not isinstance(weight, DTensor)}
-        companions = {"anchor": self.anchors if self.phase == "admm" else {}, "mask": self.masks}
-        tensors = dict(whole)
-        for kind, held in companions.items():
-            tensors |= {f"{kind} of {name}": tensor for name, tensor in held.items() if name in whole}
+        tensors = {name: weight for name, weight in self.weights.items() if not isinstance(weight, DTensor)}
+        for kind, held in (("anchor", self.anchors if self.phase == "admm" else {}), ("mask", self.masks)):
+            tensors |= {f"{kind} of {name}": held[name] for name in self.weights if name in held and name in tensors}
         check_replicas(tensors)
 
     # ---- Phase 1 ----
@@ -166,15 +164,8 @@ class ADMMState:
             added_up = dual_step(gather(part, weight), whole, self.pattern, transposed, self.rho / rho)
             anchor.copy_(scatter(whole, weight))
             sums[name] = added_up / shard_count(weight)  # every process has just added up all of it
-        *squares, flips, kept = total(sums, self.weights).tolist()
-        primal, weight_norm, z_norm, dual, u_norm = (square**0.5 for square in squares)
         entries = sum(weight.numel() for weight in self.weights.values())
-        self.figures |= {
-            "primal_residual": primal / max(weight_norm, z_norm, torch.finfo(torch.float32).tiny),
-            "dual_residual": dual / u_norm if u_norm else 0.0,
-            "mask_flips": flips / entries,
-            "sparsity": 1 - kept / entries,
-        }
+        self.figures |= residuals(total(sums, self.weights).tolist(), entries)
         self.rho, self.updated_at = rho, step
 
     @tensor_work
@@ -315,11 +306,9 @@ class ADMMState:
     @tensor_work
     def penalty(self, strength: float) -> float:
         """`strength / 2 * ||W - T||^2`, with T = M*W in phase 2. Reads the dense weights."""
-        squares = {}
-        for name, weight in self.local_weights():
-            if self.phase == "admm":
-                squares[name] = squared_distance(weight, self.anchors[name])
-            else:
-                parts = row_chunks(weight, self.mask(name))
-                squares[name] = sum(part.masked_fill(kept, 0).square().sum() for part, kept in parts)
+        admm = self.phase == "admm"
+        squares = {
+            name: squared_distance(weight, self.anchors[name]) if admm else squared_outside(weight, self.mask(name))
+            for name, weight in self.local_weights()
+        }
         return 0.5 * strength * total(squares, self.weights).item()

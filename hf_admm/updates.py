@@ -3,6 +3,8 @@
 Each goes through a weight in chunks. The anchor may be of another dtype than the weight and on another device.
 """
 
+from collections.abc import Sequence
+
 import torch
 
 from hf_admm.chunks import row_chunks
@@ -79,11 +81,42 @@ def dual_step(
     return sums
 
 
+def residuals(sums: Sequence[float], entries: int) -> dict[str, float]:
+    """
+    What is logged of a dual step.
+
+    Args:
+        sums (`Sequence[float]`):
+            Those of [`dual_step`], over all weights.
+        entries (`int`):
+            Of all weights.
+
+    Returns:
+        `dict[str, float]`: The relative primal and dual residuals, the share of mask flips and the sparsity of Z.
+    """
+    *squares, flips, kept = sums
+    primal, weight_norm, z_norm, dual, u_norm = (square**0.5 for square in squares)
+    return {
+        "primal_residual": primal / max(weight_norm, z_norm, torch.finfo(torch.float32).tiny),
+        "dual_residual": dual / u_norm if u_norm else 0.0,
+        "mask_flips": flips / entries,
+        "sparsity": 1 - kept / entries,
+    }
+
+
 def squared_distance(weight: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor:
     """`||W - T||^2`, as a scalar tensor in float64."""
     squares = torch.zeros((), dtype=torch.float64, device=weight.device)
     for w, t in row_chunks(weight, anchor):
         squares += (w - _beside(t, w)).square().sum()
+    return squares
+
+
+def squared_outside(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
+    """`||(1 - M) * W||^2`, as a scalar tensor in float64."""
+    squares = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for w, kept in row_chunks(weight, mask):
+        squares += w.masked_fill(kept, 0).square().sum()
     return squares
 
 
