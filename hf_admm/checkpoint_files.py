@@ -1,6 +1,7 @@
 """The files of a checkpoint: its tensors, read one by one, and the record that sparse training leaves beside them."""
 
 import json
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -180,3 +181,15 @@ def _shards(index: Path) -> dict[Path, list[str] | None]:
             f"The index {index} names shards that are not there: {', '.join(missing)}. Copy them beside it."
         )
     return shards
+
+
+def sync(path: Path) -> None:
+    """Waits until a file or folder is on disk: a rename must not reach it before what it names."""
+    if path.is_dir() and os.name != "posix":
+        return
+    # Windows syncs through a descriptor that may write, and no folders.
+    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

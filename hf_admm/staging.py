@@ -12,6 +12,8 @@ from pathlib import Path
 
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_admm.checkpoint_files import sync
+
 
 # Hub uploads of the output folder ignore `_*`.
 STAGING_NAME = "_saving"
@@ -40,13 +42,13 @@ def publish(staged: Path, final: Path) -> None:
         return
     for file in staged.rglob("*"):
         if file.is_file():
-            _sync(file)
+            sync(file)
     replaced = staged.with_name(_REPLACED + final.name)
     if final.exists():
         _remove(replaced)
         os.replace(final, replaced)
     os.replace(staged, final)
-    _sync(final.parent)
+    sync(final.parent)
     _remove(replaced)
     _remove_if_empty(staged.parent)
 
@@ -114,18 +116,6 @@ def clean_up(run_dir: Path) -> list[Path]:
 def _checkpoints(run_dir: Path) -> list[tuple[int, Path]]:
     matches = [(_CHECKPOINT.fullmatch(folder.name), folder) for folder in run_dir.glob("*") if folder.is_dir()]
     return [(int(match[1]), folder) for match, folder in matches if match]
-
-
-def _sync(path: Path) -> None:
-    """A rename must not reach the disk before what it names."""
-    if path.is_dir() and os.name != "posix":
-        return
-    # Windows syncs through a descriptor that may write, and no folders.
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _remove(folder: Path) -> None:

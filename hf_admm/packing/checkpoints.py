@@ -11,7 +11,7 @@ from fnmatch import fnmatch
 from pathlib import Path
 
 from hf_admm.audit import DEFAULT_PATTERN
-from hf_admm.checkpoint_files import INDEX_NAME, read_record, weight_files
+from hf_admm.checkpoint_files import INDEX_NAME, read_record, sync, weight_files
 from hf_admm.packing.files import PackedFile, open_packed, restore
 from hf_admm.packing.writing import plan_file, write_packed
 from hf_admm.patterns import SparsityPattern, parse_pattern
@@ -224,9 +224,9 @@ def _staged(source: Path, destination: Path) -> Iterator[Path]:
             staged.mkdir()
         yield staged
         for path in [staged, *staged.rglob("*")]:
-            _sync(path)
+            sync(path)
         os.rename(staged, destination)
-        _sync(destination.parent)
+        sync(destination.parent)
     except OSError as error:
         raise ValueError(f"{destination} could not be written ({error}). Nothing is left of it; try again.") from error
     finally:
@@ -247,14 +247,3 @@ def _check_places(source: Path, destination: Path) -> None:
         raise ValueError(f"{source} is a file, and so is the destination: {destination} must end in {PLAIN_SUFFIX}.")
     if source.resolve() in destination.resolve().parents:
         raise ValueError(f"{destination} lies within {source}, of which it would be a part. Give a place elsewhere.")
-
-
-def _sync(path: Path) -> None:
-    """A rename must not reach the disk before what it names."""
-    if path.is_dir() and os.name != "posix":  # Windows syncs no folders
-        return
-    descriptor = os.open(path, os.O_RDONLY if os.name == "posix" else os.O_RDWR)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
