@@ -30,7 +30,6 @@ bench:
 	$(PYTHON) -m benchmarks.projection
 	$(PYTHON) -m benchmarks.step_overhead
 	$(PYTHON) -m benchmarks.memory
-	$(PYTHON) -m benchmarks.files
 	$(PYTHON) -m benchmarks.scale
 	$(PYTHON) -m benchmarks.table
 

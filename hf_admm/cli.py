@@ -13,8 +13,6 @@ COMMANDS = {
     "quickstart": "fine-tune a small model dense and sparse, offline on a CPU, and compare them",
     "glue": "fine-tune a model on a GLUE task to a sparsity pattern",
     "verify": "check that the weights of a checkpoint obey a sparsity pattern",
-    "pack": "store a sparse checkpoint in the bytes of its values and their positions",
-    "unpack": "restore the plain checkpoint from a packed one",
     "speed": "time a 2:4 checkpoint dense against sparse on a GPU",
 }
 

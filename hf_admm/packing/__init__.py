@@ -1,1 +1,0 @@
-"""Packed checkpoints, a format for storage: `codec` <- `header` <- `files` <- `writing` <- `checkpoints`."""
