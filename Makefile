@@ -16,11 +16,11 @@ test:
 
 # Ten times the deaths of the tests.
 kill:
-	HF_ADMM_KILLS=300 $(PYTHON) -m pytest tests/test_kill.py
+	HF_ADMM_KILLS=300 $(PYTHON) -m pytest tests/checkpoints/test_kill.py
 
 # New random examples each time, fifty times as many as `make test` draws.
 fuzz:
-	$(PYTHON) -m pytest --hypothesis-profile thorough tests/test_fuzz_*.py
+	$(PYTHON) -m pytest --hypothesis-profile thorough tests/*/test_fuzz_*.py tests/test_fuzz_*.py
 
 quickstart:
 	$(PYTHON) -m hf_admm.cli quickstart

@@ -22,8 +22,8 @@ from benchmarks import peers
 from benchmarks.common import now
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, parse_pattern, select_targets
 from hf_admm.commands.quickstart import MODEL_PACKAGE
-from hf_admm.results import MODEL_FOLDER
-from hf_admm.tweets import packaged_file
+from hf_admm.finetuning.results import MODEL_FOLDER
+from hf_admm.finetuning.tweets import packaged_file
 
 
 LABELS = 3

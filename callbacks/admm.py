@@ -3,8 +3,8 @@
 from transformers import TrainerCallback
 from transformers.utils import logging
 
-from hf_admm.state import ADMMState
-from hf_admm.targets import select_targets
+from hf_admm.pruning.state import ADMMState
+from hf_admm.sparsity.targets import select_targets
 
 
 logger = logging.get_logger(__name__)

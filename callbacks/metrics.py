@@ -2,7 +2,7 @@
 
 from transformers import TrainerCallback
 
-from hf_admm.state import ADMMState
+from hf_admm.pruning.state import ADMMState
 
 
 class MetricsCallback(TrainerCallback):

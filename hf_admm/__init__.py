@@ -16,9 +16,9 @@ if TYPE_CHECKING:
     from hf_admm.arguments import ADMMTrainingArguments
     from hf_admm.audit import audit_checkpoint
     from hf_admm.inference import accelerate_inference, restore_dense
-    from hf_admm.patterns import parse_pattern
-    from hf_admm.projections import project, sparsity_mask
-    from hf_admm.targets import select_targets
+    from hf_admm.sparsity.patterns import parse_pattern
+    from hf_admm.sparsity.projections import project, sparsity_mask
+    from hf_admm.sparsity.targets import select_targets
     from hf_admm.trainer import ADMMTrainer, ADMMTrainerMixin
 
 _HOMES = {
@@ -27,11 +27,11 @@ _HOMES = {
     "ADMMTrainingArguments": "arguments",
     "accelerate_inference": "inference",
     "audit_checkpoint": "audit",
-    "parse_pattern": "patterns",
-    "project": "projections",
+    "parse_pattern": "sparsity.patterns",
+    "project": "sparsity.projections",
     "restore_dense": "inference",
-    "select_targets": "targets",
-    "sparsity_mask": "projections",
+    "select_targets": "sparsity.targets",
+    "sparsity_mask": "sparsity.projections",
 }
 
 __all__ = [

@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
-from hf_admm.patterns import SparsityPattern, parse_pattern
-from hf_admm.schedules import PhasePlan, to_steps
+from hf_admm.pruning.schedules import PhasePlan, to_steps
+from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
 from hf_admm.validation import DEFAULT_RHO, PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
 
 

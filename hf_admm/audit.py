@@ -18,9 +18,9 @@ from pathlib import Path
 
 import torch
 
-from hf_admm.checkpoint_files import read_record, read_tensors
-from hf_admm.patterns import SparsityPattern, parse_pattern
-from hf_admm.projections import broken_groups
+from hf_admm.checkpoints.files import read_record, read_tensors
+from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
+from hf_admm.sparsity.projections import broken_groups
 
 
 DEFAULT_PATTERN = "2:4"

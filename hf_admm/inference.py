@@ -13,8 +13,8 @@ from torch import nn
 from torch.nn import functional
 from transformers.pytorch_utils import Conv1D
 
-from hf_admm.patterns import parse_pattern
-from hf_admm.projections import broken_groups
+from hf_admm.sparsity.patterns import parse_pattern
+from hf_admm.sparsity.projections import broken_groups
 
 
 # In the order of preference, which is PyTorch's own.

@@ -12,12 +12,12 @@ from transformers.utils import logging
 from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.audit import AuditReport
 from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
-from hf_admm.checkpointing import SparseCheckpointsMixin
-from hf_admm.loss_scaling import returns_plain_mean
-from hf_admm.schedules import join_segments
-from hf_admm.shards import DTensor, reshard
-from hf_admm.state import ADMMState
-from hf_admm.targets import TargetSelection, select_targets
+from hf_admm.checkpoints.saving import SparseCheckpointsMixin
+from hf_admm.pruning.schedules import join_segments
+from hf_admm.pruning.shards import DTensor, reshard
+from hf_admm.pruning.state import ADMMState
+from hf_admm.sparsity.targets import TargetSelection, select_targets
+from hf_admm.training.loss_scaling import returns_plain_mean
 from hf_admm.validation import unsupported_backend
 
 

@@ -2,7 +2,7 @@
 
 from numbers import Integral, Real
 
-from hf_admm.schedules import RHO_SCHEDULES
+from hf_admm.pruning.schedules import RHO_SCHEDULES
 
 
 # Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").

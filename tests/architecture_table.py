@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 
 from architectures import ARCHITECTURES, Architecture
-from hf_admm.patterns import parse_pattern
-from hf_admm.targets import TargetSelection, select_targets
+from hf_admm.sparsity.patterns import parse_pattern
+from hf_admm.sparsity.targets import TargetSelection, select_targets
 
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "architectures.md"

@@ -1,4 +1,4 @@
-"""Runs for tests/test_sharded.py, in one process or, with the weights sharded by FSDP2, in several."""
+"""Runs for tests/pruning/test_sharded.py, in one process or, with the weights sharded by FSDP2, in several."""
 
 import json
 import os
@@ -12,10 +12,10 @@ from torch.distributed.tensor import DTensor
 from transformers.pytorch_utils import Conv1D
 
 from hf_admm import parse_pattern
-from hf_admm.shards import local, straddles
-from hf_admm.sidecar import load_sidecar, save_sidecar
-from hf_admm.state import ADMMState
-from hf_admm.targets import select_targets
+from hf_admm.checkpoints.sidecar import load_sidecar, save_sidecar
+from hf_admm.pruning.shards import local, straddles
+from hf_admm.pruning.state import ADMMState
+from hf_admm.sparsity.targets import select_targets
 from launch import leave
 
 

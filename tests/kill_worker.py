@@ -1,4 +1,4 @@
-"""Kills training with SIGKILL at random moments and resumes it, for tests/test_kill.py.
+"""Kills training with SIGKILL at random moments and resumes it, for tests/checkpoints/test_kill.py.
 
 A process that has imported everything forks one child a life, so that thirty deaths take a minute. A child dies either
 at a random time, or at a random one of the file operations of its saves.
@@ -17,8 +17,8 @@ from transformers import BertConfig, BertForSequenceClassification, TrainerCallb
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, audit_checkpoint
-from hf_admm.sidecar import SIDECAR_NAME
-from hf_admm.staging import STAGING_NAME
+from hf_admm.checkpoints.sidecar import SIDECAR_NAME
+from hf_admm.checkpoints.staging import STAGING_NAME
 
 
 STEPS, SWITCH = 24, 12

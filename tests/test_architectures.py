@@ -9,8 +9,8 @@ from torch import nn
 from architecture_table import PAGE, collapse, page, reasons, shorten
 from architectures import ARCHITECTURES, Architecture
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, audit_checkpoint
-from hf_admm.patterns import parse_pattern
-from hf_admm.targets import select_targets
+from hf_admm.sparsity.patterns import parse_pattern
+from hf_admm.sparsity.targets import select_targets
 
 
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)

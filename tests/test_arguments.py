@@ -10,8 +10,8 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_admm.arguments import ADMMTrainingArguments
-from hf_admm.patterns import NMPattern, parse_pattern
-from hf_admm.schedules import RHO_SCHEDULES
+from hf_admm.pruning.schedules import RHO_SCHEDULES
+from hf_admm.sparsity.patterns import NMPattern, parse_pattern
 from hf_admm.validation import DEFAULT_RHO
 
 

@@ -8,9 +8,9 @@ from safetensors.torch import load_file, save_file
 from transformers import BertConfig, BertModel, GPT2Config, GPT2Model
 
 from hf_admm.audit import audit_checkpoint, audit_weights
-from hf_admm.checkpoint_files import RECORD_NAME, WEIGHTS_NAME
-from hf_admm.patterns import parse_pattern
-from hf_admm.projections import project
+from hf_admm.checkpoints.files import RECORD_NAME, WEIGHTS_NAME
+from hf_admm.sparsity.patterns import parse_pattern
+from hf_admm.sparsity.projections import project
 
 
 QUERY = "encoder.layer.0.attention.self.query.weight"

@@ -5,7 +5,7 @@ import re
 import pytest
 
 from hf_admm.arguments import ADMMTrainingArguments
-from hf_admm.patterns import ALLOWED_PATTERNS
+from hf_admm.sparsity.patterns import ALLOWED_PATTERNS
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ from transformers import HfArgumentParser, TrainingArguments
 from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.commands.glue import GlueArguments
 from hf_admm.configs import available_configs, load_config
-from hf_admm.glue import GLUE_TASKS
+from hf_admm.finetuning.glue import GLUE_TASKS
 
 
 PATTERNS = {"2_4": "2:4", "1_4": "1:4", "4_8": "4:8", "block_4x4_8": "4x4:8", "density_0.5": "0.5"}

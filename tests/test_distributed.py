@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from hf_admm import audit_checkpoint
-from hf_admm.replicas import digest
+from hf_admm.pruning.replicas import digest
 from launch import launch, needs_gloo
 
 

@@ -14,9 +14,9 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_admm.arguments import ADMMTrainingArguments
-from hf_admm.patterns import parse_pattern
-from hf_admm.schedules import RHO_SCHEDULES
-from hf_admm.targets import select_targets
+from hf_admm.pruning.schedules import RHO_SCHEDULES
+from hf_admm.sparsity.patterns import parse_pattern
+from hf_admm.sparsity.targets import select_targets
 from hf_admm.validation import DEFAULT_RHO, MASK_MODES, PLAIN_SCHEDULERS, STATE_DTYPES
 from tiny_runs import train
 

@@ -4,9 +4,9 @@ import optuna
 import pytest
 import torch
 
-import hf_admm.state
+import hf_admm.pruning.state
 from hf_admm import ADMMTrainer, audit_checkpoint
-from hf_admm.projections import broken_groups
+from hf_admm.sparsity.projections import broken_groups
 from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
 
 
@@ -186,7 +186,7 @@ def test_an_interrupt_leaves_the_dense_weights_and_sparse_evaluations(step, tiny
 @pytest.mark.parametrize(("moment", "step"), [("evaluate", 3), ("evaluate", 8), ("mask", 8)])
 def test_an_error_halfway_through_the_weights_loses_none(moment, step, tiny_bert, token_data, tmp_path, monkeypatch):
     """The fifth of twelve weights can't be masked: for the step itself, or for an evaluation after it."""
-    zero_outside, calls = hf_admm.state.zero_outside, []
+    zero_outside, calls = hf_admm.pruning.state.zero_outside, []
 
     def fails(*args):
         calls.append(args)
@@ -200,7 +200,7 @@ def test_an_error_halfway_through_the_weights_loses_none(moment, step, tiny_bert
     def look(args, state, control, model=None, **kwargs):
         if state.global_step == step:
             seen.update(weights(model))
-            monkeypatch.setattr(hf_admm.state, "zero_outside", fails)
+            monkeypatch.setattr(hf_admm.pruning.state, "zero_outside", fails)
             if moment == "evaluate":
                 trainer.evaluate()
 

@@ -7,8 +7,8 @@ import torch
 from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArguments
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
-from hf_admm.patterns import parse_pattern
-from hf_admm.projections import broken_groups
+from hf_admm.sparsity.patterns import parse_pattern
+from hf_admm.sparsity.projections import broken_groups
 from tiny_runs import NO_DROPOUT, STEPS, Recorder, train, weights
 
 

@@ -15,7 +15,7 @@ from transformers import (
 )
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
-from hf_admm.projections import broken_groups, project
+from hf_admm.sparsity.projections import broken_groups, project
 from tiny_runs import NO_DROPOUT, SETTINGS, STEPS, Recorder, prepare, train, weights
 
 

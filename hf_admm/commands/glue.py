@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
-from hf_admm.finetuning import FineTuning
-from hf_admm.glue import GLUE_TASKS, HUB_DATASET, get_task, load_glue
-from hf_admm.metrics import GlueMetric
-from hf_admm.results import results_table
-from hf_admm.tasks import TextTask
+from hf_admm.finetuning.glue import GLUE_TASKS, HUB_DATASET, get_task, load_glue
+from hf_admm.finetuning.metric import GlueMetric
+from hf_admm.finetuning.results import results_table
+from hf_admm.finetuning.tasks import TextTask
+from hf_admm.finetuning.text_classification import FineTuning
 
 
 # On MRPC, with few steps and a low rate, the sparse model gained most from these (README, "What it gives").

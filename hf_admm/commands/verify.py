@@ -8,7 +8,7 @@ from pathlib import Path
 from huggingface_hub import snapshot_download
 
 from hf_admm.audit import audit_checkpoint
-from hf_admm.checkpoint_files import INDEX_NAME, RECORD_NAME
+from hf_admm.checkpoints.files import INDEX_NAME, RECORD_NAME
 
 
 _DESCRIPTION = """\

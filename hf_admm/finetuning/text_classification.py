@@ -1,0 +1,247 @@
+"""Fine-tunes a text classifier to a sparsity pattern, beside a dense one of equal steps, and records what came out."""
+
+import copy
+import os
+import time
+from dataclasses import dataclass, fields, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from transformers import (
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+    DataCollatorWithPadding,
+    EvalPrediction,
+    HfArgumentParser,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+    Trainer,
+    TrainingArguments,
+    set_seed,
+)
+
+from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.finetuning.results import DENSE_FOLDER, MODEL_FOLDER, RESULTS_NAME, Run, summarize_runs, write_json
+from hf_admm.finetuning.tasks import TextTask
+from hf_admm.trainer import ADMMTrainer
+
+
+# A dry run needs a trainer, not the data.
+_DRY_RUN_ROWS = 8
+
+
+@dataclass
+class FineTuning:
+    """
+    A fine-tuning that can be run sparse, and dense for comparison.
+
+    The metrics of a run are those of the model that `from_pretrained` loads from the saved files, evaluated by a plain
+    `Trainer` in full precision (unless `bf16_full_eval` or `fp16_full_eval` asks otherwise), so anybody can reproduce
+    them without this package.
+
+    Args:
+        task ([`TextTask`]):
+            What to learn.
+        model_name_or_path (`str`):
+            The pre-trained model.
+        arguments (`dict[str, Any]`):
+            What [`ADMMTrainingArguments`] is made from. `output_dir` receives `results.json` and `model/`, and
+            `dense/model/` for a dense run beside a sparse one.
+        max_seq_length (`int`, *optional*, defaults to 128):
+            Longer inputs are truncated to that many tokens.
+        model_label (`str`, *optional*):
+            What the record calls the model, if not by `model_name_or_path`.
+    """
+
+    task: TextTask
+    model_name_or_path: str
+    arguments: dict[str, Any]
+    max_seq_length: int = 128
+    model_label: str | None = None
+
+    def target_table(self) -> str:
+        """
+        What would be pruned, without training.
+
+        Returns:
+            `str`: A table with the name and shape of each weight, and whether it is pruned or why not.
+        """
+        fine_tuning = replace(self, task=self.task.limited(_DRY_RUN_ROWS, _DRY_RUN_ROWS))
+        trainer = fine_tuning._trainer(self._training_arguments(), *fine_tuning._tokenized())
+        return trainer.target_table()
+
+    def run(self, dense_baseline: bool = False) -> dict[str, Any]:
+        """
+        Trains, evaluates and saves, and writes `results.json` after each training.
+
+        Args:
+            dense_baseline (`bool`, *optional*, defaults to `False`):
+                Whether to train a dense model too, with the same arguments but those of the sparsity.
+
+        Returns:
+            `dict[str, Any]`: The contents of `results.json`.
+        """
+        args = self._training_arguments()
+        tokenized, tokenizer = self._tokenized()
+        if args.should_save:
+            # An interrupted run must not leave the results of an earlier one beside its own model.
+            Path(args.output_dir, RESULTS_NAME).unlink(missing_ok=True)
+        runs = {"sparse" if args.is_sparse else "dense": self._train(args, tokenized, tokenizer)}
+        self._record(args, runs)
+        if dense_baseline and args.is_sparse:
+            runs["dense"] = self._train(self._dense_arguments(args.output_dir), tokenized, tokenizer)
+            self._record(args, runs)
+        return self._results(args, runs)
+
+    def _training_arguments(self) -> ADMMTrainingArguments:
+        return ADMMTrainingArguments(**copy.deepcopy(self.arguments))
+
+    def _dense_arguments(self, output_dir: str) -> ADMMTrainingArguments:
+        inherited = {item.name for item in fields(TrainingArguments)}
+        plain = {name: copy.deepcopy(value) for name, value in self.arguments.items() if name in inherited}
+        plain |= {"output_dir": os.path.join(output_dir, DENSE_FOLDER), "resume_from_checkpoint": None}
+        return ADMMTrainingArguments(**plain, sparsity_pattern="none")
+
+    def _tokenized(self) -> tuple[TextTask, PreTrainedTokenizerBase]:
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(self.model_name_or_path)
+        except (OSError, ValueError) as error:
+            raise ValueError(_cannot_load("tokenizer", self.model_name_or_path, error)) from error
+        if tokenizer.pad_token is None:
+            tokenizer.pad_token = tokenizer.eos_token
+        length = min(self.max_seq_length, tokenizer.model_max_length)
+
+        def encode(batch):
+            return tokenizer(batch["sentence1"], batch.get("sentence2"), truncation=True, max_length=length)
+
+        def tokenize(dataset: Dataset) -> Dataset:
+            texts = [name for name in dataset.column_names if name != "label"]
+            return dataset.map(encode, batched=True, remove_columns=texts, desc="Tokenizing")
+
+        return self.task.mapped(tokenize), tokenizer
+
+    def _model(self, tokenizer: PreTrainedTokenizerBase) -> PreTrainedModel:
+        if self.task.labels:
+            names = dict(enumerate(self.task.labels))
+            head = {"num_labels": len(names), "id2label": names, "label2id": {name: i for i, name in names.items()}}
+        else:
+            head = {"num_labels": 1, "problem_type": "regression"}
+        try:
+            # A checkpoint in half precision would be trained in half precision, which loses small updates.
+            model = AutoModelForSequenceClassification.from_pretrained(
+                self.model_name_or_path, dtype=torch.float32, ignore_mismatched_sizes=True, **head
+            )
+        except (OSError, ValueError) as error:
+            raise ValueError(_cannot_load("model", self.model_name_or_path, error)) from error
+        if model.config.pad_token_id is None:
+            model.config.pad_token_id = tokenizer.pad_token_id
+        return model
+
+    def _trainer(
+        self, args: ADMMTrainingArguments, tokenized: TextTask, tokenizer: PreTrainedTokenizerBase
+    ) -> ADMMTrainer:
+        # The same seed gives the sparse and the dense model the same new head.
+        set_seed(args.seed)
+        evaluations = tokenized.evaluations
+        return ADMMTrainer(
+            model=self._model(tokenizer),
+            args=args,
+            train_dataset=tokenized.train,
+            eval_dataset=evaluations if len(evaluations) > 1 else next(iter(evaluations.values())),
+            processing_class=tokenizer,
+            data_collator=DataCollatorWithPadding(tokenizer),
+            compute_metrics=tokenized.compute_metrics,
+        )
+
+    def _train(self, args: ADMMTrainingArguments, tokenized: TextTask, tokenizer: PreTrainedTokenizerBase) -> Run:
+        start = time.perf_counter()
+        trainer = self._trainer(args, tokenized, tokenizer)
+        trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+        model_dir = os.path.join(args.output_dir, MODEL_FOLDER)
+        trainer.save_model(model_dir)
+        trainer.accelerator.wait_for_everyone()
+        metrics = evaluate_saved(model_dir, args, tokenized, tokenizer)
+        audit = trainer.audit if args.is_sparse else None
+        return Run(
+            metrics=metrics,
+            seconds=time.perf_counter() - start,
+            steps=trainer.state.global_step,
+            sparsity=audit.sparsity if audit else 0.0,
+            violations=audit.violations if audit else 0,
+        )
+
+    def _results(self, args: ADMMTrainingArguments, runs: dict[str, Run]) -> dict[str, Any]:
+        sizes = {"train": len(self.task.train)} | {name: len(data) for name, data in self.task.evaluations.items()}
+        about = {
+            "task": self.task.name,
+            "data": {"source": self.task.source, "examples": sizes, "max_seq_length": self.max_seq_length},
+            "model": self.model_label or self.model_name_or_path,
+            "pattern": args.sparsity_pattern,
+            "metric": self.task.headline,
+            "seed": args.seed,
+            "arguments": self._telling_arguments(),
+        }
+        return about | summarize_runs(runs)
+
+    def _telling_arguments(self) -> dict[str, Any]:
+        """The flags of the sparsity, and of the others those that somebody set, but no secret."""
+        defaults = vars(HfArgumentParser(TrainingArguments).parse_args([]))
+        hidden = ("output_dir", "hub_token")
+        return {
+            name: value
+            for name, value in self.arguments.items()
+            if name not in hidden and (name not in defaults or value != defaults[name])
+        }
+
+    def _record(self, args: ADMMTrainingArguments, runs: dict[str, Run]) -> None:
+        if args.should_save:
+            write_json(self._results(args, runs), Path(args.output_dir) / RESULTS_NAME)
+
+
+def evaluate_saved(
+    model_dir: str, args: TrainingArguments, task: TextTask, tokenizer: PreTrainedTokenizerBase
+) -> dict[str, float]:
+    """
+    Evaluates what `from_pretrained` loads from a folder, with a plain `Trainer`.
+
+    Args:
+        model_dir (`str`):
+            The folder of the model.
+        args ([`~transformers.TrainingArguments`]):
+            Those of the training, for the batch size and the device.
+        task ([`TextTask`]):
+            The task with its datasets tokenized.
+        tokenizer (`PreTrainedTokenizerBase`):
+            Pads the batches.
+
+    Returns:
+        `dict[str, float]`: The loss and the metrics of each evaluation.
+    """
+    kept = ("per_device_eval_batch_size", "use_cpu", "bf16_full_eval", "fp16_full_eval", "dataloader_num_workers")
+    plain = TrainingArguments(
+        output_dir=args.output_dir,
+        report_to="none",
+        disable_tqdm=args.disable_tqdm,
+        **{name: getattr(args, name) for name in kept},
+    )
+    evaluator = Trainer(
+        model=AutoModelForSequenceClassification.from_pretrained(model_dir),
+        args=plain,
+        data_collator=DataCollatorWithPadding(tokenizer),
+    )
+    metrics = {}
+    for name, dataset in task.evaluations.items():
+        output = evaluator.predict(dataset, metric_key_prefix="eval")
+        scores = task.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=output.label_ids))
+        for key, value in {**scores, "loss": output.metrics["eval_loss"]}.items():
+            metrics[task.prefix(name) + key] = float(value)
+    return metrics
+
+
+def _cannot_load(what: str, name: str, error: Exception) -> str:
+    return (
+        f"Cannot load the {what} of {name!r} for text classification: {error} Give the id of a model on the hub, or a "
+        "folder that save_pretrained wrote, with --model_name_or_path."
+    )
