@@ -26,6 +26,9 @@ from transformers.utils import logging
 
 from benchmarks.common import MIB, parser, row, show, write_result
 from benchmarks.trainers import PEERS, Tokens, build, minilm, pruned_names
+from hf_admm.pruning.phases import Phase
+from hf_admm.pruning.swapping import SwappedParameters
+from hf_admm.pruning.weights import PrunedWeights
 
 
 FIRST, LAST = 2, 6  # the steps that are watched: the first ones allocate gradients and the optimizer's state
@@ -73,7 +76,7 @@ def _reset_resident_peak() -> int:
 
 def held(sparsity) -> int:
     """Bytes of the tensors that `trainer.sparsity` holds, each storage once, without the model's own."""
-    own = {parameter.untyped_storage().data_ptr() for parameter in sparsity.model.parameters()}
+    own = {parameter.untyped_storage().data_ptr() for parameter in sparsity.weights.model.parameters()}
     storages, waiting = {}, [vars(sparsity)]
     while waiting:
         value = waiting.pop()
@@ -81,6 +84,8 @@ def held(sparsity) -> int:
             storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
         elif isinstance(value, dict):
             waiting += value.values()
+        elif isinstance(value, Phase | PrunedWeights | SwappedParameters):
+            waiting.append(vars(value))
         elif isinstance(value, list | tuple | set):
             waiting += value
     return sum(size for pointer, size in storages.items() if pointer not in own)

@@ -1,8 +1,7 @@
 """When things happen in a sparse fine-tuning run. The callbacks hold no tensors and do no maths."""
 
-from hf_admm.callbacks.admm import ADMMCallback
 from hf_admm.callbacks.metrics import MetricsCallback
-from hf_admm.callbacks.srste import SRSTECallback
+from hf_admm.callbacks.phases import PhaseCallback
 
 
-__all__ = ["ADMMCallback", "MetricsCallback", "SRSTECallback"]
+__all__ = ["MetricsCallback", "PhaseCallback"]

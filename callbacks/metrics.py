@@ -22,13 +22,9 @@ class MetricsCallback(TrainerCallback):
         self.state = state
 
     def on_step_end(self, args, state, control, **kwargs):
-        if control.should_log and self.state.phase in ("admm", "srste") and not self.state.masked:
-            admm = self.state.phase == "admm"
-            strength = self.state.rho if admm else args.srste_decay
-            self.state.figures |= {
-                "phase": 1 if admm else 2,
-                "rho": self.state.rho if admm else 0.0,
-                "penalty": self.state.penalty(strength),
-            }
+        phase = self.state.phase
+        if control.should_log and phase.prunes:
+            penalty = phase.penalty(args.phase_settings(state.max_steps))
+            phase.figures |= {"phase": phase.number, "rho": phase.rho, "penalty": penalty}
 
     on_epoch_end = on_step_end

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from transformers import TrainingArguments
 
+from hf_admm.pruning.phases import PhaseSettings
 from hf_admm.pruning.schedules import PhasePlan, to_steps
 from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
 from hf_admm.validation import DEFAULT_RHO, PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
@@ -204,10 +205,24 @@ class ADMMTrainingArguments(TrainingArguments):
         """`sparsity_exclude` with a single regular expression as a string."""
         return _as_names(self.sparsity_exclude)
 
-    @property
-    def anchor_settings(self) -> dict:
-        """How [`ADMMState.reset`] is to keep the anchors."""
-        return {"anchor_dtype": getattr(torch, self.admm_state_dtype), "offload": self.admm_state_offload}
+    def phase_settings(self, max_steps: int) -> PhaseSettings:
+        """
+        What the phases of a run of `max_steps` optimizer steps need to know.
+
+        Raises:
+            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
+        """
+        return PhaseSettings(
+            plan=self.phase_plan(max_steps),
+            rho=self.rho,
+            rho_schedule=self.admm_rho_schedule,
+            update_steps=self.admm_update_steps,
+            penalty=self.admm_penalty,
+            decay=self.srste_decay,
+            mask_update_steps=self.mask_update_steps,
+            state_dtype=getattr(torch, self.admm_state_dtype),
+            offload=self.admm_state_offload,
+        )
 
     def phase_plan(self, max_steps: int) -> PhasePlan:
         """

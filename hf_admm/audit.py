@@ -12,8 +12,8 @@ judged by their zeros:
   tried and the one with fewer broken groups is taken, `(out, in)` if they are equal.
 """
 
-from collections.abc import Iterable
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -89,10 +89,13 @@ class AuditReport:
             The pattern it was checked against.
         weights (`list[WeightAudit]`):
             One entry for each weight, in the order of the model or file.
+        released (`dict[str, str]`, *optional*):
+            Weights that training left dense though it could have pruned them, and why.
     """
 
     pattern: str
     weights: list[WeightAudit]
+    released: dict[str, str] = field(default_factory=dict)
 
     @property
     def sparse(self) -> list[WeightAudit]:
@@ -125,7 +128,9 @@ class AuditReport:
         if not self.sparse and not self.failures:
             return f"FAILED: no weight is sparse under pattern {self.pattern}."
         if self.ok:
-            return f"OK: every group of every sparse weight ({len(self.sparse)} of them) obeys {self.pattern}."
+            left = "; ".join(f"{name} ({reason})" for name, reason in self.released.items())
+            dense = f" Left dense: {left}." if left else ""
+            return f"OK: every group of every sparse weight ({len(self.sparse)} of them) obeys {self.pattern}.{dense}"
         reasons = {
             "broken": "{0.broken} of {0.groups} groups broken",
             "misfit": "pattern does not fit its shape {0.shape}",
@@ -149,6 +154,7 @@ class AuditReport:
             cells = [cell.rjust(width) for cell, width in zip(numbers, widths[1:-1], strict=True)]
             lines.append("  ".join([name.ljust(widths[0]), *cells, status]))
         lines.insert(1, "-" * (sum(widths) + 2 * (len(widths) - 1)))
+        lines += [f"left dense: {name} ({reason})" for name, reason in self.released.items()]
         groups = sum(weight.groups for weight in self.sparse)
         lines.append(
             f"pattern {self.pattern}: {len(self.sparse)} of {len(self.weights)} weights sparse, "
@@ -163,11 +169,16 @@ class AuditReport:
             "ok": self.ok,
             "sparsity": self.sparsity,
             "violations": self.violations,
+            "released": self.released,
             "weights": [{**asdict(weight), "shape": list(weight.shape)} for weight in self.weights],
         }
 
 
-def audit_weights(weights: Iterable[tuple[str, torch.Tensor, bool]], pattern: SparsityPattern | str) -> AuditReport:
+def audit_weights(
+    weights: Iterable[tuple[str, torch.Tensor, bool]],
+    pattern: SparsityPattern | str,
+    released: Mapping[str, str] | None = None,
+) -> AuditReport:
     """
     Audits weights that should all obey the pattern.
 
@@ -176,6 +187,8 @@ def audit_weights(weights: Iterable[tuple[str, torch.Tensor, bool]], pattern: Sp
             Name, tensor, and whether the tensor is stored as `(in_features, out_features)`. Consumed one by one.
         pattern ([`SparsityPattern`] or `str`):
             The pattern.
+        released (`Mapping[str, str]`, *optional*):
+            Weights that were to obey it, or are trained like those, and stay dense; and why.
 
     Returns:
         [`AuditReport`]
@@ -184,7 +197,7 @@ def audit_weights(weights: Iterable[tuple[str, torch.Tensor, bool]], pattern: Sp
         `ValueError`: If the pattern string is invalid.
     """
     pattern = parse_pattern(str(pattern))
-    return AuditReport(str(pattern), [_audit_target(*weight, pattern) for weight in weights])
+    return AuditReport(str(pattern), [_audit_target(*weight, pattern) for weight in weights], dict(released or {}))
 
 
 def audit_checkpoint(path: str | Path, pattern: SparsityPattern | str | None = None) -> AuditReport:

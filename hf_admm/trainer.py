@@ -1,6 +1,8 @@
 """ADMMTrainer: where the method is wired into Trainer."""
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import torch
@@ -10,11 +12,11 @@ from transformers import Trainer, get_scheduler
 from transformers.utils import logging
 
 from hf_admm.arguments import ADMMTrainingArguments
-from hf_admm.audit import AuditReport
-from hf_admm.callbacks import ADMMCallback, MetricsCallback, SRSTECallback
+from hf_admm.audit import AuditReport, audit_weights
+from hf_admm.callbacks import MetricsCallback, PhaseCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.pruning.schedules import join_segments
-from hf_admm.pruning.shards import DTensor, reshard
+from hf_admm.pruning.shards import DTensor
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
 from hf_admm.training.loss_scaling import returns_plain_mean
@@ -65,9 +67,9 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             return
         self._check_backend()
         self._announce()
-        if not any(isinstance(callback, ADMMCallback) for callback in self.callback_handler.callbacks):
+        if not any(isinstance(callback, PhaseCallback) for callback in self.callback_handler.callbacks):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
-            ours = [ADMMCallback(self.sparsity), SRSTECallback(self.sparsity), MetricsCallback(self.sparsity)]
+            ours = [PhaseCallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
         own = self.label_smoother is None and self.compute_loss_func is None
         model = self.accelerator.unwrap_model(self.model)
@@ -114,11 +116,9 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             output = super().train(*args, **kwargs)
         except BaseException:
             # An error or a keyboard interrupt in the middle of a step of phase 2 comes while the weights are masked.
-            if self.sparsity.masked:
-                reshard(self.sparsity.model)
-                self.sparsity.unmask_weights()
+            self.sparsity.restore_dense()
             raise
-        if self.sparsity.phase == "sparse":
+        if self.args.is_sparse:
             self._audit()
         return output
 
@@ -129,7 +129,8 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
         self._set_up_sparsity()
 
     def _audit(self) -> None:
-        self.audit = self.sparsity.audit()
+        weights = self.sparsity.weights
+        self.audit = audit_weights(weights.whole(), weights.pattern, weights.released)
         logger.info(f"Final audit:\n{self.audit.table()}")
         if self.is_world_process_zero():
             print(f"hf_admm: final audit, {self.audit.verdict()}")
@@ -177,41 +178,40 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             scheduler_specific_kwargs=None if kind else self.args.lr_scheduler_kwargs,
         )
 
-    def training_step(self, *args, **kwargs) -> torch.Tensor:
-        loss = super().training_step(*args, **kwargs)
-        if self.args.is_sparse and not loss.isfinite():  # Trainer looks at each loss too, and goes on
-            inputs = args[1] if len(args) > 1 else kwargs["inputs"]
-            self._stop_at("loss", loss.item(), inputs)
-        # The penalty's exact gradient, once per optimizer step: gradients are accumulated and reduced, not yet
-        # clipped. As a term of the loss it would be divided by the accumulation steps and mixed into the logged task
-        # loss.
-        if self.sparsity.phase == "admm" and self.args.admm_penalty == "loss" and self.accelerator.sync_gradients:
-            scaler = self.accelerator.scaler
-            self.sparsity.pull_gradients(self.sparsity.rho * (1.0 if scaler is None else scaler.get_scale()))
-        return loss
+    def _clip_grad_norm(self, model):
+        self._pull_gradients()
+        return super()._clip_grad_norm(model)
 
     def _get_grad_norm(self, model, grad_norm=None):
+        self._pull_gradients()  # without clipping
         grad_norm = super()._get_grad_norm(model, grad_norm)
         if self.args.is_sparse:
-            # The gradients of all processes: where the loss of one is not finite, every one stops.
+            # The gradients of all processes: where those of one are not finite, every one stops.
             norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
             if not math.isfinite(norm):
-                self._stop_at("norm of the gradients", norm)
+                self._stop_at(norm)
         return grad_norm
 
-    def _stop_at(self, what: str, value: float, inputs: dict | None = None) -> None:
+    def _pull_gradients(self) -> None:
+        """
+        The penalty's exact gradient, once per optimizer step: gradients are accumulated and reduced, not yet clipped.
+        As a term of the loss it would be divided by the accumulation steps and mixed into the logged task loss.
+        """
+        if self.sparsity.phase.prunes:
+            scaler = self.accelerator.scaler
+            settings = self.args.phase_settings(self.state.max_steps)
+            self.sparsity.before_clipping(settings, 1.0 if scaler is None else scaler.get_scale())
+
+    def _stop_at(self, norm: float) -> None:
         """Every weight would be NaN after this step, and every later checkpoint with them."""
         scaler = self.accelerator.scaler
         if scaler is not None and scaler.get_scale() >= 1.0:
             return  # fp16: the step is skipped and the scale halved, until it is clear that it was not the scale
-        labels = (inputs or {}).get("labels")
-        if isinstance(labels, torch.Tensor) and (labels == -100).all():
-            return  # a mean over no label at all, whose gradient is zero
         raise FloatingPointError(
-            f"The {what} of step {self.state.global_step + 1} is {value}: training stops before the weights take it "
-            f"in. The last checkpoint is {self.last_checkpoint or 'none, nothing was saved yet'}. Resume from there "
-            "with a lower learning_rate or max_grad_norm, in bf16 or float32 instead of fp16, and look for examples "
-            "with extreme values."
+            f"The norm of the gradients of step {self.state.global_step + 1} is {norm}: training stops before the "
+            f"weights take it in. The last checkpoint is {self.last_checkpoint or 'none, nothing was saved yet'}. "
+            "Resume from there with a lower learning_rate or max_grad_norm, in bf16 or float32 instead of fp16, and "
+            "look for examples with extreme values."
         )
 
     def log(self, logs: dict[str, float], start_time: float | None = None) -> None:
@@ -219,22 +219,55 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             logs |= {f"admm/{name}": float(figure) for name, figure in self.sparsity.figures.items()}
         super().log(logs, start_time)
 
+    # ---- Sparse weights ----
+
+    @contextmanager
+    def sparse_weights(self) -> Iterator[None]:
+        """
+        Within it, the model holds the weights that obey the pattern, as they are evaluated and saved; after it, the
+        dense weights that training needs. For callbacks and code of one's own that evaluate, generate or save while
+        training goes on. What is written to the pruned weights within it is lost.
+
+        ```python
+        class Sampler(TrainerCallback):
+            def on_epoch_end(self, args, state, control, model=None, **kwargs):
+                with trainer.sparse_weights():
+                    model.save_pretrained(f"samples/{state.global_step}")
+        ```
+        """
+        with self.sparsity.sparse_weights():
+            yield
+
+    def evaluate(self, *args, **kwargs):
+        with self.sparsity.sparse_weights():  # with the events at its end
+            return super().evaluate(*args, **kwargs)
+
+    def predict(self, *args, **kwargs):
+        with self.sparsity.sparse_weights():
+            return super().predict(*args, **kwargs)
+
     def evaluation_loop(self, *args, **kwargs):
         with self.sparsity.sparse_weights():
             return super().evaluation_loop(*args, **kwargs)
 
+    def _maybe_log_save_evaluate(self, *args, **kwargs):
+        # One projection for the evaluation, the checkpoint and what callbacks do with either.
+        due = self.control.should_evaluate or self.control.should_save
+        with self.sparsity.sparse_weights() if due else nullcontext():
+            super()._maybe_log_save_evaluate(*args, **kwargs)
+
     def create_model_card(self, *args, **kwargs) -> None:
         """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
-        if self.sparsity.phase is None:
+        if not self.sparsity.targets:
             return super().create_model_card(*args, **kwargs)
         if len(args) < 3:  # `tags` is the third argument of Trainer's method, and of those of TRL's trainers
             tags = kwargs.get("tags") or []
             tags = [tags] if isinstance(tags, str) else list(tags)
-            ours = ("hf-admm", "sparsity", str(self.sparsity.pattern))
+            ours = ("hf-admm", "sparsity", str(self.sparsity.weights.pattern))
             kwargs["tags"] = tags + [tag for tag in ours if tag not in tags]
         super().create_model_card(*args, **kwargs)
         if self.is_world_process_zero():
-            pattern, held = self.sparsity.pattern, len(self.sparsity.targets)
+            pattern, held = self.sparsity.weights.pattern, len(self.sparsity.targets)
             with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
                 card.write(f"\n### Sparsity\n\nEvery group of {held} weights obeys the pattern `{pattern}`.\n")
 

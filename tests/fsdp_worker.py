@@ -13,12 +13,24 @@ from transformers.pytorch_utils import Conv1D
 
 from hf_admm import parse_pattern
 from hf_admm.checkpoints.sidecar import load_sidecar, save_sidecar
+from hf_admm.pruning.phases import PhaseSettings
+from hf_admm.pruning.schedules import PhasePlan
 from hf_admm.pruning.shards import local, straddles
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import select_targets
 from launch import leave
 
 
+# Updates at steps 2 and 4, with a rho that grows, and the switch at 6.
+SETTINGS = PhaseSettings(
+    plan=PhasePlan(10, 6, 10),
+    rho=0.6,
+    rho_schedule="linear",
+    update_steps=2,
+    penalty="loss",
+    decay=0.01,
+    mask_update_steps=1,
+)
 PATTERNS = ("2:4", "1:4", "4:8", "4x4:8", "2x8:5", "0.5")
 
 
@@ -57,9 +69,9 @@ def build(pattern: str, seed: int = 0) -> tuple[Model, ADMMState]:
         fully_shard(model.layers[0])
         fully_shard(model)  # the other layer too: what the outermost module holds stays gathered after a forward pass
     state = ADMMState()
-    targets = select_targets(model, parse_pattern(pattern)).targets
-    assert len(targets) == 10
-    state.reset(model, parse_pattern(pattern), targets)
+    selection = select_targets(model, parse_pattern(pattern))
+    assert len(selection.targets) == 10
+    state.reset(model, parse_pattern(pattern), selection)
     return model, state
 
 
@@ -78,19 +90,12 @@ def train(model, state, steps, folder):
     evaluations, figures = [], []
     for step in range(steps):
         if step == 0:
-            state.start_admm(0.1)
-        elif step in (2, 4):
-            state.update_dual(step, 0.1 * step)
-        elif step == 6:
-            state.start_srste(step)
-        if state.phase == "srste":
-            state.mask_weights(step if step > 6 else None)
+            state.begin(SETTINGS)
+        state.before_forward(step, SETTINGS)
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
         nn.functional.cross_entropy(model(x), torch.arange(8) % 2).backward()
-        if state.masked:
-            state.unmask_weights(0.01)
-        else:
-            state.pull_gradients(state.rho)
+        state.before_clipping(SETTINGS)
+        state.after_clipping(SETTINGS)
         optimizer.step()
         optimizer.zero_grad()
         if step + 1 in (3, 8):
@@ -98,7 +103,7 @@ def train(model, state, steps, folder):
             checkpoint.mkdir(exist_ok=True, parents=True)
             save_sidecar(state, checkpoint, write=not distributed.is_initialized() or distributed.get_rank() == 0)
         evaluations.append(evaluate(model, state))
-        penalty = state.penalty(1.0)
+        penalty = state.phase.penalty(SETTINGS)
         figures.append({name: float(figure) for name, figure in state.figures.items()} | {"penalty": penalty})
     return torch.stack(evaluations), figures
 
@@ -112,20 +117,22 @@ def main(folder: str) -> None:
     for pattern in PATTERNS:
         here = Path(folder) / pattern.replace(":", "-")
         model, state = build(pattern)
-        divided = [n for n, w in state.weights.items() if straddles(w, state.pattern, state.targets[n].transposed)]
+        held = state.weights.parameters
+        divided = [n for n, w in held.items() if straddles(w, state.weights.pattern, state.targets[n].transposed)]
         evaluations, figures = train(model, state, 10, here)
         state.finish()
-        assert state.audit().ok, state.audit().verdict()
+        assert state.weights.obey()
         results = {"evaluations": evaluations, "weights": whole(model.named_parameters())}
         restored = {}
         for step in (3, 8):
             other, again = build(pattern, seed=1)
             if processes > 1:
                 distributed.barrier()
-            load_sidecar(again, here / str(step))
-            dense = whole(again.weights.items())
-            assert all(local(again.weights[n]).shape == t.shape for n, t in again.anchors.items())
-            restored[step] = {"phase": again.phase, "weights": dense, "evaluation": evaluate(other, again)}
+            load_sidecar(again, here / str(step), SETTINGS)
+            dense = whole(again.weights.parameters.items())
+            companions = again.phase.companions if again.phase.name == "admm" else again.phase.rooms
+            assert all(local(again.weights.parameters[n]).shape == t.shape for n, t in companions.items())
+            restored[step] = {"phase": again.phase.name, "weights": dense, "evaluation": evaluate(other, again)}
         results["restored"] = restored
         if rank == 0:
             torch.save(results, here / "results.pt")

@@ -70,7 +70,7 @@ def test_replicas_that_drift_apart_are_noticed(fault, tmp_path):
 def test_a_bad_loss_on_one_process_stops_them_all(tmp_path):
     """Each for itself, before its optimizer steps: none is left to wait for the others."""
     stderr = run(2, tmp_path / "run", fault="loss", fails=True)
-    assert "The loss of step 8 is nan" in stderr and "The norm of the gradients of step 8 is nan" in stderr
+    assert stderr.count("FloatingPointError: The norm of the gradients of step 8 is nan") >= 2
     assert "checkpoint-6. Resume from there" in stderr
 
 

@@ -4,7 +4,8 @@ import optuna
 import pytest
 import torch
 
-import hf_admm.pruning.state
+import hf_admm.pruning.srste
+import hf_admm.pruning.weights
 from hf_admm import ADMMTrainer, audit_checkpoint
 from hf_admm.sparsity.projections import broken_groups
 from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
@@ -41,7 +42,7 @@ class Trials(ADMMTrainer):
         try:
             return super().train(*args, **kwargs)
         finally:
-            self.ends.append((self.args.sparsity_pattern, self.audit, self.sparsity.phase, weights(self.model)))
+            self.ends.append((self.args.sparsity_pattern, self.audit, self.sparsity.phase.name, weights(self.model)))
 
 
 @pytest.mark.parametrize("first", ["none", "2:4"])
@@ -61,7 +62,7 @@ def test_each_trial_trains_with_its_own_pattern_on_a_fresh_model(first, tiny_ber
         alone = train(None, data, tmp_path / "alone", parts=parts, **flags, **chosen)
         assert_same_weights(alone.model, end)
         if pattern == "none":
-            assert audit is None and phase is None
+            assert audit is None and phase == "dense"
         else:
             assert audit.ok and str(audit.pattern) == pattern and phase == "sparse"
 
@@ -101,7 +102,7 @@ def test_a_second_train_runs_both_phases_again(tiny_bert, token_data, tmp_path):
 
     class Spy(ADMMTrainer):
         def training_step(self, *args, **kwargs):
-            phases.append(self.sparsity.phase)
+            phases.append(self.sparsity.phase.name)
             return super().training_step(*args, **kwargs)
 
     trainer = train(tiny_bert(), token_data(), tmp_path, Spy)
@@ -140,7 +141,7 @@ def test_a_smaller_batch_starts_both_phases_again_on_the_dense_weights(step, tin
 
     class Spy(Breaks):
         def training_step(self, *args, **kwargs):
-            phases.append((self.state.global_step, self.sparsity.phase))
+            phases.append((self.state.global_step, self.sparsity.phase.name))
             return super().training_step(*args, **kwargs)
 
     flags = {"callbacks": [dense, starts], "auto_find_batch_size": True}
@@ -186,7 +187,7 @@ def test_an_interrupt_leaves_the_dense_weights_and_sparse_evaluations(step, tiny
 @pytest.mark.parametrize(("moment", "step"), [("evaluate", 3), ("evaluate", 8), ("mask", 8)])
 def test_an_error_halfway_through_the_weights_loses_none(moment, step, tiny_bert, token_data, tmp_path, monkeypatch):
     """The fifth of twelve weights can't be masked: for the step itself, or for an evaluation after it."""
-    zero_outside, calls = hf_admm.pruning.state.zero_outside, []
+    zero_outside, calls = hf_admm.pruning.srste.zero_outside, []
 
     def fails(*args):
         calls.append(args)
@@ -200,7 +201,8 @@ def test_an_error_halfway_through_the_weights_loses_none(moment, step, tiny_bert
     def look(args, state, control, model=None, **kwargs):
         if state.global_step == step:
             seen.update(weights(model))
-            monkeypatch.setattr(hf_admm.pruning.state, "zero_outside", fails)
+            monkeypatch.setattr(hf_admm.pruning.srste, "zero_outside", fails)
+            monkeypatch.setattr(hf_admm.pruning.weights, "zero_outside", fails)
             if moment == "evaluate":
                 trainer.evaluate()
 

@@ -3,7 +3,6 @@
 import json
 import os
 import shutil
-from contextlib import nullcontext
 from pathlib import Path
 
 from torch import nn
@@ -15,6 +14,7 @@ from hf_admm.checkpoints.files import RECORD_NAME, RECORD_VERSION
 from hf_admm.checkpoints.saved_names import load_renamed, saved_names
 from hf_admm.checkpoints.sidecar import check_sidecar, load_sidecar, save_sidecar
 from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, rotate
+from hf_admm.pruning.phases import Finished
 from hf_admm.version import __version__
 
 
@@ -48,6 +48,10 @@ class SparseCheckpointsMixin:
     def _save_checkpoint(self, model, trial) -> None:
         if not self.args.is_sparse:
             return super()._save_checkpoint(model, trial)
+        with self.sparsity.sparse_weights():
+            self._save_whole(model, trial)
+
+    def _save_whole(self, model, trial) -> None:
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / checkpoint_name(self.state.global_step)
         staged = run_dir / STAGING_NAME / final.name
@@ -103,18 +107,19 @@ class SparseCheckpointsMixin:
 
     def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
         super()._save(output_dir, state_dict)
-        if self.args.should_save and self.sparsity.phase is not None:
+        if self.args.should_save and self.sparsity.targets:
             self._save_record(Path(output_dir if output_dir is not None else self.args.output_dir))
 
     def _save_record(self, folder: Path) -> None:
         """What `hf-admm verify` checks against; nothing needs it to load the model."""
         # The few that are saved fused with others are left to verify, which judges them by their zeros.
-        keys = saved_names(self.accelerator.unwrap_model(self.model), self.sparsity.weights, folder)
+        weights = self.sparsity.weights
+        keys = saved_names(self.accelerator.unwrap_model(self.model), weights.parameters, folder)
         record = {
             "format_version": RECORD_VERSION,
             "hf_admm_version": __version__,
-            "pattern": str(self.sparsity.pattern),
-            "targets": {key: {"transposed": self.sparsity.targets[name].transposed} for name, key in keys.items()},
+            "pattern": str(weights.pattern),
+            "targets": {key: {"transposed": weights.targets[name].transposed} for name, key in keys.items()},
         }
         temporary = folder / f"{RECORD_NAME}.tmp"
         temporary.write_text(json.dumps(record, indent=2) + "\n")
@@ -122,10 +127,10 @@ class SparseCheckpointsMixin:
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
         # Under FSDP, Trainer saves the model once more here, and loads the best model from that file.
-        with self.sparsity.sparse_weights() if self.is_fsdp_enabled else nullcontext():
+        with self.sparsity.sparse_weights():
             super()._save_optimizer_and_scheduler(output_dir)
-        if self.sparsity.phase in ("admm", "srste"):
-            save_sidecar(self.sparsity, output_dir, write=self.args.should_save)
+            if self.sparsity.phase.prunes:
+                save_sidecar(self.sparsity, output_dir, write=self.args.should_save)
 
     # ---- Load ----
 
@@ -140,9 +145,9 @@ class SparseCheckpointsMixin:
         super()._load_optimizer_and_scheduler(checkpoint)
         if checkpoint is not None and self.args.is_sparse:
             self.last_checkpoint = Path(checkpoint)
-            targets = self.select_targets().targets
-            self.sparsity.reset(self.model, self.args.pattern, targets, **self.args.anchor_settings)
-            load_sidecar(self.sparsity, checkpoint)
+            self.sparsity.reset(self.model, self.args.pattern, self.select_targets())
+            self.sparsity.use_optimizer(self.optimizer)
+            load_sidecar(self.sparsity, checkpoint, self.args.phase_settings(self.state.max_steps))
 
     def _load_renamed(self, checkpoint: str) -> bool:
         # A dense run is plain Trainer, bit for bit. FSDP loads a file of its own, under the parameters' names.
@@ -151,13 +156,13 @@ class SparseCheckpointsMixin:
 
     def _load_best_model(self) -> None:
         # Its weights are sparse already, with a mask of their own.
-        self.sparsity.unmask_weights()
+        self.sparsity.restore_dense()
+        self.sparsity.swapped.averages()
         if not self._load_renamed(self.state.best_model_checkpoint):
             super()._load_best_model()
         # If its file is gone, Trainer warns and goes on with the last weights: `on_train_end` prunes those.
-        if self.sparsity.phase in ("admm", "srste") and self.sparsity.audit().ok:
-            self.sparsity.phase = "sparse"
-            self.sparsity.anchors, self.sparsity.masks = {}, {}
+        if self.sparsity.phase.prunes and self.sparsity.weights.obey():
+            self.sparsity.phase = Finished(self.sparsity.weights)
         best, last = Path(self.state.best_model_checkpoint), self.last_checkpoint
         # Trainer is about to delete the others, file by file. The best may lie in the folder of another run.
         if self.args.is_sparse and self.args.should_save and self.args.save_total_limit == 1:

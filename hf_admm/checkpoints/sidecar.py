@@ -16,28 +16,33 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from hf_admm.pruning.shards import DTensor, gather, scatter
-from hf_admm.pruning.state import ADMMState
-from hf_admm.sparsity.masks import pack_mask, unpack_mask
+from hf_admm.pruning.phases import PhaseSettings
+from hf_admm.pruning.shards import DTensor, gather, local, scatter
+from hf_admm.pruning.state import PHASES, ADMMState
+from hf_admm.pruning.weights import PrunedWeights
+from hf_admm.sparsity.masks import unpack_mask
 from hf_admm.sparsity.patterns import SparsityPattern
 from hf_admm.sparsity.projections import kept_per_group, to_groups
-from hf_admm.sparsity.targets import Target
+from hf_admm.sparsity.targets import Target, named_parameters
 
 
 SIDECAR_NAME = "admm_state.safetensors"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 
 # Each setting with what it may be. Figures are floats as JSON has them, NaN included.
 _SETTINGS = {
     "pattern": lambda value: type(value) is str,
-    "phase": lambda value: value in ("admm", "srste"),
+    "phase": lambda value: type(value) is str and value in PHASES,
     "rho": lambda value: type(value) in (int, float) and 0 <= value <= 1e30,
     "updated_at": lambda value: type(value) is int and value >= 0,
     "figures": lambda value: type(value) is dict and all(type(figure) is float for figure in value.values()),
-    "targets": lambda value: type(value) is dict and all(map(_is_shape, value.values())),
+    "targets": lambda value: type(value) is dict and all(map(_is_matrix, value.values())),
+    "released": lambda value: type(value) is dict and all(type(reason) is str for reason in value.values()),
+    "others": lambda value: type(value) is dict and all(map(_is_shape, value.values())),
 }
 # As safetensors names them: weights are of any precision that is trained in; masks are packed, a bit an entry.
-_DTYPES = {"weight": ("F64", "F32", "F16", "BF16"), "anchor": ("F32", "BF16"), "mask": ("U8",)}
+_FLOATS = ("F64", "F32", "F16", "BF16")
+_DTYPES = {"weight": _FLOATS, "other": _FLOATS, "anchor": ("F32", "BF16"), "mask": ("U8",)}
 
 
 def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True) -> None:
@@ -52,28 +57,32 @@ def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True
         write (`bool`, *optional*, defaults to `True`):
             Whether this process writes the file, or only gives the others its shards.
     """
-    tensors = {}
-    held = {"weight": dict(state.dense_weights())}
-    held |= {"anchor": state.anchors} if state.phase == "admm" else {"mask": state.masks}
-    for kind, parts in held.items():
-        for name, part in parts.items():
-            weight = state.weights[name]
-            if kind == "mask" and isinstance(weight, DTensor):  # packed by process, so the whole is packed anew
-                whole = pack_mask(gather(state.mask(name), weight))
-            else:
-                whole = gather(part, weight)
+    tensors, phase, weights = {}, state.phase, state.weights
+    for name, part in weights.dense():
+        parameter = weights.parameters[name]
+        for kind, whole in (
+            ("weight", gather(part, parameter)),
+            (phase.companion, phase.whole_companion(name, phase.companions[name])),
+        ):
             if write:  # gathered tensors are taken off the device one by one
-                tensors[f"{kind}/{name}"] = (whole.cpu() if isinstance(weight, DTensor) else whole).contiguous()
+                tensors[f"{kind}/{name}"] = (whole.cpu() if isinstance(parameter, DTensor) else whole).contiguous()
+    others = state.other_weights()
+    for name, (part, parameter) in others.items():
+        whole = gather(part, parameter)
+        if write:
+            tensors[f"other/{name}"] = (whole.cpu() if isinstance(parameter, DTensor) else whole).contiguous()
     if not write:
         return
     settings = {
         "format_version": FORMAT_VERSION,
-        "pattern": str(state.pattern),
-        "phase": state.phase,
-        "rho": state.rho,
-        "updated_at": state.updated_at,
-        "figures": {name: float(figure) for name, figure in state.figures.items()},
-        "targets": {name: list(target.shape) for name, target in state.targets.items()},
+        "pattern": str(weights.pattern),
+        "phase": phase.name,
+        "rho": phase.rho,
+        "updated_at": phase.updated_at,
+        "figures": {name: float(figure) for name, figure in phase.figures.items()},
+        "targets": {name: list(target.shape) for name, target in weights.targets.items()},
+        "released": weights.released,
+        "others": {name: list(parameter.shape) for name, (_, parameter) in others.items()},
     }
     path = Path(folder) / SIDECAR_NAME
     temporary = path.with_suffix(".tmp")
@@ -118,14 +127,15 @@ def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, ta
             f"{folder} was trained with sparsity_pattern={settings['pattern']!r}, this run has {str(pattern)!r}. "
             "Resume with the checkpoint's pattern, or start a new run from its weights with from_pretrained."
         )
+    # What was left dense in the run may be a target of this one, whose callbacks have not come to it yet.
     gone = ", ".join(sorted(set(settings["targets"]) - set(targets)))
-    new = ", ".join(sorted(set(targets) - set(settings["targets"])))
+    new = ", ".join(sorted(set(targets) - set(settings["targets"]) - set(settings["released"])))
     if gone or new:
         raise ValueError(
             f"{folder} was trained with other targets. In the checkpoint only: {gone or 'none'}. In this run only: "
             f"{new or 'none'}. Resume with the checkpoint's sparsity_include and sparsity_exclude."
         )
-    reshaped = [name for name, target in targets.items() if list(target.shape) != settings["targets"][name]]
+    reshaped = [name for name, shape in settings["targets"].items() if list(targets[name].shape) != shape]
     if reshaped:
         raise ValueError(
             f"{folder} was trained with other shapes of: {', '.join(reshaped)}. Resume with the model that the "
@@ -135,7 +145,7 @@ def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, ta
 
 
 @torch.no_grad()
-def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
+def load_sidecar(state: ADMMState, folder: str | os.PathLike, settings: PhaseSettings) -> None:
     """
     Restores a state and the dense weights of its model, in place.
 
@@ -144,32 +154,34 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike) -> None:
             A state that was `reset` on the live model.
         folder (`str` or `os.PathLike`):
             The checkpoint's folder.
+        settings ([`PhaseSettings`]):
+            Those of this run.
 
     Raises:
         `ValueError`: If the sidecar does not fit, see [`check_sidecar`], or its values are damaged or not finite. The
             model and the state are then as they were.
     """
-    check_sidecar(folder, state.pattern, state.targets)
+    weights = state.weights
+    check_sidecar(folder, weights.pattern, weights.targets)
+    state.swapped.trains()  # what is copied into the model now is what is trained
     path = Path(folder) / SIDECAR_NAME
-    settings = _settings(path)
-    kind, companions = ("anchor", state.anchors) if settings["phase"] == "admm" else ("mask", state.masks)
+    saved = _settings(path)
     with _open(path) as file:
-        _check_values(path, file, state)
-        for name, part in state.local_weights():
-            weight = state.weights[name]
-            part.copy_(scatter(file.get_tensor(f"weight/{name}").to(part.device), weight))
-            companion = file.get_tensor(f"{kind}/{name}").to(part.device)
-            if kind == "mask":
-                if isinstance(weight, DTensor):
-                    companion = pack_mask(scatter(unpack_mask(companion, weight.shape), weight))
-                # A copy: what safetensors gives on a CPU is the file itself, mapped, and would change with it.
-                companions[name] = companion.clone()
-                state.anchors[name] = state.room(part, part.dtype)
-            else:
-                companions[name] = state.room(part, state.anchor_dtype).copy_(scatter(companion, weight))
-    state.phase, state.rho, state.updated_at = settings["phase"], settings["rho"], settings["updated_at"]
-    state.figures = settings["figures"]
-    state.resumed = True
+        _check_values(path, file, weights)
+        for name, reason in saved["released"].items():
+            weights.released[name] = reason
+            if name in weights.targets:
+                weights.release(name, reason)
+        phase = PHASES[saved["phase"]](weights, settings)
+        for name, part in weights.local():
+            part.copy_(scatter(file.get_tensor(f"weight/{name}").to(part.device), weights.parameters[name]))
+            phase.restore(name, file.get_tensor(f"{phase.companion}/{name}"))
+        parameters = named_parameters(weights.model)
+        for name in saved["others"]:
+            part = local(parameters[name].detach())
+            part.copy_(scatter(file.get_tensor(f"other/{name}").to(part.device), parameters[name]))
+    phase.rho, phase.updated_at, phase.figures = saved["rho"], saved["updated_at"], saved["figures"]
+    state.phase, state.resumed = phase, True
 
 
 def _settings(path: Path) -> dict:
@@ -187,17 +199,24 @@ def _settings(path: Path) -> dict:
         )
     if wrong := [name for name, valid in _SETTINGS.items() if not valid(settings.get(name))]:
         raise _damaged(path, f"wrong or missing: {', '.join(wrong)}")
+    if both := settings["targets"].keys() & settings["released"].keys():
+        raise _damaged(path, f"both pruned and left dense: {', '.join(sorted(both))}")
     return settings
 
 
 def _is_shape(value) -> bool:
-    return type(value) is list and len(value) == 2 and all(type(side) is int for side in value)
+    return type(value) is list and all(type(side) is int for side in value)
+
+
+def _is_matrix(value) -> bool:
+    return _is_shape(value) and len(value) == 2
 
 
 def _check_tensors(path: Path, settings: dict) -> None:
     """Whether every target has its tensors, of the right shape and dtype, and nothing else is there."""
-    kinds = ("weight", "anchor" if settings["phase"] == "admm" else "mask")
+    kinds = ("weight", PHASES[settings["phase"]].companion)
     expected = {f"{kind}/{name}": (kind, shape) for kind in kinds for name, shape in settings["targets"].items()}
+    expected |= {f"other/{name}": ("other", shape) for name, shape in settings["others"].items()}
     with _open(path) as file:
         keys = set(file.keys())
         wrong = keys ^ expected.keys()
@@ -214,7 +233,7 @@ def _check_tensors(path: Path, settings: dict) -> None:
         )
 
 
-def _check_values(path: Path, file, state: ADMMState) -> None:
+def _check_values(path: Path, file, weights: PrunedWeights) -> None:
     """Whether the tensors are the ones that were saved, and such that training can go on with them."""
     metadata, keys = file.metadata(), sorted(file.keys())
     checksum = _checksum(metadata["hf_admm"], ((key, file.get_tensor(key)) for key in keys))
@@ -225,10 +244,10 @@ def _check_values(path: Path, file, state: ADMMState) -> None:
         kind, name = key.split("/", 1)
         tensor = file.get_tensor(key)
         if kind == "mask":
-            mask = unpack_mask(tensor, torch.Size(state.targets[name].shape))
-            groups = to_groups(mask, state.pattern, state.targets[name].transposed)
-            if (groups.sum(dim=1) != kept_per_group(state.pattern, groups.shape[1])).any():
-                raise _damaged(path, f"{key} breaks pattern {state.pattern}")
+            mask = unpack_mask(tensor, torch.Size(weights.targets[name].shape))
+            groups = to_groups(mask, weights.pattern, weights.targets[name].transposed)
+            if (groups.sum(dim=1) != kept_per_group(weights.pattern, groups.shape[1])).any():
+                raise _damaged(path, f"{key} breaks pattern {weights.pattern}")
         elif tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             diverged.append(key)
     if diverged:

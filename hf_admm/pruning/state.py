@@ -1,66 +1,54 @@
-"""The tensors of a sparse fine-tuning run.
-
-Each pruned weight W has one companion of its size, the **anchor** T:
-
-- In phase 1, T = Z - U. Z and U have disjoint supports, so T holds both, and the support of Z can be read off it.
-- In phase 2, T keeps the dense weights aside while the model computes with the masked ones, in place. Beside it lies
-  the mask, a bit an entry.
-
-Everything is keyed by parameter name and looked up in the live model, whose modules are never changed. Where FSDP2
-shards a weight, its companions have the shape of the local part.
-"""
+"""The state of a run: which phase it is in, and what passes from one to the next."""
 
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
 from torch import nn
+from transformers.utils import logging
 
-from hf_admm.audit import AuditReport, audit_weights
-from hf_admm.pruning.replicas import check_replicas
-from hf_admm.pruning.shards import DTensor, gather, local, reshard, scatter, shard_count, straddles, total
-from hf_admm.pruning.updates import dual_step, proximal_step, pull, residuals, squared_distance, squared_outside
+from hf_admm.pruning.admm import ADMM
+from hf_admm.pruning.phases import Finished, Phase, PhaseSettings
+from hf_admm.pruning.srste import SRSTE
+from hf_admm.pruning.swapping import SwappedParameters, unwrapped
+from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.chunks import tensor_work
-from hf_admm.sparsity.masks import count_flips, pack_mask, unpack_mask
 from hf_admm.sparsity.patterns import SparsityPattern
-from hf_admm.sparsity.projections import sparsity_mask, zero_outside
-from hf_admm.sparsity.targets import Target, named_parameters
+from hf_admm.sparsity.targets import FROZEN, Target, TargetSelection, named_parameters
+
+
+logger = logging.get_logger(__name__)
+
+# What can be resumed, by the name in the sidecar.
+PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, SRSTE)}
+FOLLOWS: dict[type[Phase], type[Phase]] = {ADMM: SRSTE}
+
+
+def first_phase(settings: PhaseSettings) -> type[Phase]:
+    """The phase that a run of these settings begins with."""
+    return ADMM if settings.plan.admm_steps else SRSTE
 
 
 class ADMMState:
     """
-    Anchors, masks and phase of a run, and what is done to them.
+    The weights and the phase of a run, and what is done to them.
 
     Lifecycle:
-        - `reset`, then `start_admm` or `start_srste` (or `sidecar.load_sidecar`, on resume)
-        - phase `"admm"`: `pull_gradients` or `pull_weights` every step, `update_dual` every few
-        - phase `"srste"`: `mask_weights` before each forward, `unmask_weights` after the backward
-        - `finish`: phase `"sparse"`, the zeros are in the weights for good
+        - `reset` on the live model, then `begin` (or `sidecar.load_sidecar`, on resume)
+        - in each step `before_forward`, `before_clipping`, `after_clipping` and `after_step`, which the phase answers
+        - `sparse_weights` around whatever evaluates or saves
+        - `finish`: the zeros are in the weights for good
     """
 
     def __init__(self):
-        self.phase: str | None = None
-        self.pattern: SparsityPattern | None = None
-        self.targets: dict[str, Target] = {}
-        self.model: nn.Module | None = None
-        self.weights: dict[str, nn.Parameter] = {}
-        self.anchors: dict[str, torch.Tensor] = {}
-        self.masks: dict[str, torch.Tensor] = {}  # packed, see `mask`
-        self.aside: set[str] = set()  # the weights whose dense values are in the anchor right now
-        self.anchor_dtype, self.offload = torch.float32, False
-        self.rho = 0.0
-        self.updated_at = 0
+        self.weights = PrunedWeights(nn.Module(), None, {})
+        self.phase = Phase(self.weights)
+        self.swapped = SwappedParameters()
         self.resumed = False
-        self.figures: dict[str, float | torch.Tensor] = {}  # tensors are read when logged: no wait for the device
+        self._pulled = False  # in this step
+        self._sparse = False  # within `sparse_weights`
 
-    def reset(
-        self,
-        model: nn.Module,
-        pattern: SparsityPattern,
-        targets: Mapping[str, Target],
-        anchor_dtype: torch.dtype = torch.float32,
-        offload: bool = False,
-    ) -> None:
+    def reset(self, model: nn.Module, pattern: SparsityPattern, selection: TargetSelection) -> None:
         """
         Starts anew on a model: forgets all there was and looks up the targets.
 
@@ -69,246 +57,172 @@ class ADMMState:
                 The live model. Never keep an older one: FSDP, `model_init` and `auto_find_batch_size` replace it.
             pattern ([`SparsityPattern`]):
                 The pattern.
-            targets (`Mapping[str, Target]`):
-                The weights to prune, by parameter name.
-            anchor_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
-                Dtype of the anchors of phase 1. The dual variable adds up small differences, which bfloat16 rounds.
-            offload (`bool`, *optional*, defaults to `False`):
-                Whether the anchors of weights on a GPU lie in page-locked CPU memory.
+            selection ([`TargetSelection`]):
+                Which weights are pruned, and why the others are not.
         """
         self.clear()
-        self.anchor_dtype, self.offload = anchor_dtype, offload
-        parameters = named_parameters(model)
-        self.model, self.pattern, self.targets = model, pattern, dict(targets)
-        self.weights = {name: parameters[name] for name in self.targets}
+        frozen = [name for name, (_, reason) in selection.left_out.items() if reason == FROZEN]
+        self.weights = PrunedWeights(model, pattern, selection.targets, frozen)
+        self.phase = Phase(self.weights)
 
     def clear(self) -> None:
         """Forgets all there was, and leaves the last model with its dense weights."""
-        self.unmask_weights()
+        self.restore_dense()
         self.__init__()
 
     @property
+    def targets(self) -> dict[str, Target]:
+        """The weights that are pruned, by parameter name."""
+        return self.weights.targets
+
+    @property
+    def figures(self) -> dict[str, float | torch.Tensor]:
+        """What is logged of the phase. Tensors are read when logged."""
+        return self.phase.figures
+
+    @property
     def masked(self) -> bool:
-        """Whether the model holds masked weights, of phase 2, and the anchors the dense ones."""
-        return bool(self.aside)
+        """Whether something else is in the place of the dense weights."""
+        return bool(self.weights.aside)
 
-    def local_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """The part of each weight that this process holds, by name. Changing it changes the weight."""
-        for name, weight in self.weights.items():
-            yield name, local(weight.detach())
+    def restore_dense(self) -> None:
+        """Puts the dense weights back, where something else is in their place."""
+        if self.masked:
+            self.weights.reshard()
+        self.weights.put_back()
+        self.swapped.put_back()
 
-    def room(self, weight: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-        """An empty tensor of the shape of a weight, where the anchors lie."""
-        away = self.offload and weight.is_cuda
-        return torch.empty(weight.shape, dtype=dtype, device="cpu" if away else weight.device, pin_memory=away)
+    # ---- A run ----
 
-    def mask(self, name: str) -> torch.Tensor:
-        """M of phase 2 for this process's part of a weight."""
-        return unpack_mask(self.masks[name], local(self.weights[name].detach()).shape)
+    def begin(self, settings: PhaseSettings, step: int = 0) -> None:
+        """Enters the first phase."""
+        self.enter(first_phase(settings), settings, step)
 
-    def _projection_mask(self, name: str) -> torch.Tensor:
-        """The mask of Pi(W) for this process's part of a weight."""
-        weight, transposed = self.weights[name].detach(), self.targets[name].transposed
-        if straddles(weight, self.pattern, transposed):
-            return scatter(sparsity_mask(weight.full_tensor(), self.pattern, transposed), weight)
-        return sparsity_mask(local(weight), self.pattern, transposed)
+    def enter(self, phase: type[Phase], settings: PhaseSettings, step: int) -> None:
+        """Enters a phase, once `step` optimizer steps are done."""
+        before, self.phase = self.phase, phase(self.weights, settings)
+        self.phase.begin(step, before)
 
-    def _share(self, counts: Mapping[str, torch.Tensor]) -> torch.Tensor:
-        """A count of entries for each weight as a share of all entries."""
-        return total(counts, self.weights) / sum(weight.numel() for weight in self.weights.values())
+    def before_forward(self, step: int, settings: PhaseSettings) -> None:
+        """At the beginning of a step: the switch, if it is time, and what the phase does."""
+        self._pulled = False
+        if not self.phase.prunes:
+            return
+        self._follow_model()
+        while self.phase.is_over(step, settings) and type(self.phase) in FOLLOWS:
+            self.enter(FOLLOWS[type(self.phase)], settings, step)
+        self.phase.before_forward(step, settings)
 
-    def check_replicas(self) -> None:
-        """
-        Checks that every process holds the same weights, anchors and masks. Shards differ by design and are left out.
+    def before_clipping(self, settings: PhaseSettings, loss_scale: float = 1.0) -> None:
+        """Once in each step, whoever calls it how often: gradients are complete, and not yet clipped."""
+        if not self._pulled and self.phase.prunes:
+            self._pulled = True
+            if strength := self.phase.before_clipping(settings, loss_scale):
+                self.pull_gradients(strength)
 
-        Raises:
-            `RuntimeError`: If one differs.
-        """
-        tensors = {name: weight for name, weight in self.weights.items() if not isinstance(weight, DTensor)}
-        for kind, held in (("anchor", self.anchors if self.phase == "admm" else {}), ("mask", self.masks)):
-            tensors |= {f"{kind} of {name}": held[name] for name in self.weights if name in held and name in tensors}
-        check_replicas(tensors)
+    def after_clipping(self, settings: PhaseSettings) -> None:
+        """Gradients are what the optimizer will see."""
+        if self.phase.prunes:
+            if strength := self.phase.after_clipping(settings):
+                self.pull_gradients(strength)
 
-    # ---- Phase 1 ----
-
-    @tensor_work
-    def start_admm(self, rho: float) -> None:
-        """Enters phase 1 with Z = Pi(W) and U = 0, so T = Pi(W)."""
-        self.phase, self.rho = "admm", rho
-        kept = {}
-        for name, weight in self.local_weights():
-            mask = self._projection_mask(name)
-            self.anchors[name] = self.room(weight, self.anchor_dtype)
-            self.anchors[name].copy_(zero_outside(weight.clone(), mask))
-            kept[name] = mask.count_nonzero()
-        self.figures = {"sparsity": 1 - self._share(kept).item()}
-
-    @tensor_work
-    def update_dual(self, step: int, rho: float) -> None:
-        """
-        The Z-step and the U-step of all targets.
-
-        Args:
-            step (`int`):
-                Optimizer steps done.
-            rho (`float`):
-                The penalty's strength from now on, not below the one so far.
-        """
-        sums = {}
-        for name, part in self.local_weights():
-            weight, transposed, anchor = self.weights[name], self.targets[name].transposed, self.anchors[name]
-            if not straddles(weight, self.pattern, transposed):
-                sums[name] = dual_step(part, anchor, self.pattern, transposed, self.rho / rho)
-                continue
-            whole = gather(anchor, weight)
-            added_up = dual_step(gather(part, weight), whole, self.pattern, transposed, self.rho / rho)
-            anchor.copy_(scatter(whole, weight))
-            sums[name] = added_up / shard_count(weight)  # every process has just added up all of it
-        entries = sum(weight.numel() for weight in self.weights.values())
-        self.figures |= residuals(total(sums, self.weights).tolist(), entries)
-        self.rho, self.updated_at = rho, step
-
-    @tensor_work
-    def pull_weights(self, steps: Mapping[int, float]) -> None:
-        """
-        The proximal step of the `decoupled` penalty.
-
-        Args:
-            steps (`Mapping[int, float]`):
-                For the `id` of each parameter, its learning rate times rho.
-        """
-        for name, weight in self.local_weights():
-            proximal_step(weight, self.anchors[name], steps[id(self.weights[name])])
+    def after_step(self, settings: PhaseSettings, rates: Mapping[int, float]) -> None:
+        """The optimizer has moved the weights, with a learning rate for the `id` of each parameter."""
+        if self.phase.prunes:
+            self.phase.after_step(settings, rates)
 
     @tensor_work
     def pull_gradients(self, strength: float) -> None:
-        """
-        Adds the gradient of the penalty, `strength * (W - T)`, to the gradients of the targets.
+        """Adds the gradient of the phase's penalty, at a strength, to the gradients of the targets."""
+        for name in self.weights.parameters:
+            self.phase.pull(name, strength)
 
-        Args:
-            strength (`float`):
-                Rho, times the loss scale where gradients are scaled.
-        """
-        for name in self.weights if strength else ():
-            self._pull(name, strength)
+    def finish(self) -> None:
+        """Puts the zeros into the weights for good and drops what only training needs."""
+        if self.phase.prunes:
+            self._follow_model()
+            self.restore_dense()
+            self.weights.reshard()
+            self.swapped.averages()
+            self.phase.end()
+        self.phase = Finished(self.weights)
 
-    def _pull(self, name: str, strength: float) -> None:
-        parameter, anchor = self.weights[name], self.anchors[name]
-        weight = local(parameter.detach())
-        if parameter.grad is None:  # unused in this batch, but its penalty is there all the same
-            parameter.grad = torch.zeros_like(parameter)
-        # While masked, the weight holds M*W and the anchor W: the same difference, the other way round.
-        pair = (anchor, weight) if name in self.aside else (weight, anchor)
-        pull(local(parameter.grad), *pair, strength)
-
-    # ---- Phase 2 ----
-
-    @tensor_work
-    def start_srste(self, step: int) -> None:
-        """Enters phase 2: M is the mask of Pi(W), and the anchors become room for the dense weights."""
-        kept = {}
-        for name, weight in self.local_weights():
-            mask = self._projection_mask(name)
-            self.masks[name], kept[name] = pack_mask(mask), mask.count_nonzero()
-            if name not in self.anchors or self.anchors[name].dtype != weight.dtype:
-                self.anchors[name] = self.room(weight, weight.dtype)
-        self.figures = {"sparsity": 1 - self._share(kept).item()}
-        self.phase, self.updated_at = "srste", step
-
-    @tensor_work
-    def mask_weights(self, refresh_at: int | None = None) -> None:
-        """
-        Puts M*W in the place of W, and W in the anchor.
-
-        Args:
-            refresh_at (`int`, *optional*):
-                Optimizer steps done, if M is to follow W before; `None` to leave it.
-        """
-        reshard(self.model)
-        flips = {}
-        for name, weight in self.local_weights():
-            if refresh_at is None:
-                mask = self.mask(name)
-            else:
-                mask = self._projection_mask(name)
-                old, self.masks[name] = self.masks[name], pack_mask(mask)
-                flips[name] = count_flips(self.masks[name], old)
-            self.anchors[name].copy_(weight)
-            self.aside.add(name)  # whatever interrupts this (memory, a keyboard), it is known where W is
-            zero_outside(weight, mask)
-        if refresh_at is not None:
-            self.figures["mask_flips"] = self._share(flips)
-            self.updated_at = refresh_at
-
-    @tensor_work
-    def unmask_weights(self, decay: float = 0.0) -> None:
-        """
-        Puts W back, where it is masked.
-
-        Args:
-            decay (`float`, *optional*, defaults to 0.0):
-                Added to the gradients before, times the pruned part of W: SR-STE's lambda.
-        """
-        for name, weight in self.local_weights():
-            if name in self.aside:
-                if decay:
-                    self._pull(name, decay)
-                weight.copy_(self.anchors[name])
-                self.aside.remove(name)
-
-    def dense_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
-        """This process's part of the dense working weights, by name, wherever they are while masked."""
-        for name, weight in self.local_weights():
-            yield name, self.anchors[name] if name in self.aside else weight
-
-    # ---- Sparse weights, for evaluation, checkpoints and the end ----
-
-    @tensor_work
-    def project_weights(self) -> None:
-        """Makes the weights obey the pattern, in place: Pi(W) in phase 1, M*W in phase 2."""
-        for name, weight in self.local_weights():
-            zero_outside(weight, self.mask(name) if self.phase == "srste" else self._projection_mask(name))
+    # ---- Sparse weights, for evaluation and checkpoints ----
 
     @contextmanager
     def sparse_weights(self) -> Iterator[None]:
         """Within it, the model holds the weights that obey the pattern; after it, the dense working weights again."""
-        if self.masked or self.phase not in ("admm", "srste"):
+        if self._sparse or not self.phase.prunes or (self.masked and not self.swapped):
             yield
             return
-        reshard(self.model)
-        admm = self.phase == "admm"
-        dense = {name: weight.clone() for name, weight in self.local_weights()} if admm else {}
+        within_a_step = self.masked
+        self.weights.put_back()
+        self.weights.reshard()
+        self._sparse = True
         try:
-            self.project_weights() if admm else self.mask_weights()
+            self.phase.put_aside()
+            self.swapped.put_aside()
+            self.phase.sparsify()
             yield
         finally:
-            reshard(self.model)
-            self.unmask_weights()
-            for name, weight in dense.items():
-                local(self.weights[name].detach()).copy_(weight)
+            self._sparse = False
+            self.restore_dense()
+            if within_a_step:
+                self.phase.resume_step()
 
-    def finish(self) -> None:
-        """Puts the zeros into the weights for good and drops what only training needs."""
-        reshard(self.model)
-        self.unmask_weights()
-        self.project_weights()
-        self.phase = "sparse"
-        self.anchors, self.masks = {}, {}
-
-    def audit(self) -> AuditReport:
-        """Checks every group of every target in the model as it is."""
-        rows = (
-            (name, gather(weight, self.weights[name]), self.targets[name].transposed)
-            for name, weight in self.local_weights()
-        )
-        return audit_weights(rows, self.pattern)
-
-    @tensor_work
-    def penalty(self, strength: float) -> float:
-        """`strength / 2 * ||W - T||^2`, with T = M*W in phase 2. Reads the dense weights."""
-        admm = self.phase == "admm"
-        squares = {
-            name: squared_distance(weight, self.anchors[name]) if admm else squared_outside(weight, self.mask(name))
-            for name, weight in self.local_weights()
+    def other_weights(self) -> dict[str, tuple[torch.Tensor, nn.Parameter]]:
+        """
+        What an exact resume needs beside the targets, by name: this process's part, and the parameter. Only where an
+        optimizer swaps weights: then the model's own file holds the averages of all of them.
+        """
+        kept = {id(parameter): weight for parameter, weight in self.swapped.aside}
+        return {
+            name: (kept[id(parameter)], parameter)
+            for name, parameter in named_parameters(self.weights.model).items()
+            if id(parameter) in kept and name not in self.weights.parameters
         }
-        return 0.5 * strength * total(squares, self.weights).item()
+
+    # ---- The live model ----
+
+    def use_optimizer(self, optimizer: torch.optim.Optimizer | None) -> None:
+        """
+        Looks at the optimizer in use: whether it swaps weights, and which of the weights it trains.
+
+        Raises:
+            `ValueError`: If it holds none of the weights to prune.
+        """
+        self.swapped = SwappedParameters(optimizer)
+        held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        missing = [name for name, parameter in self.weights.parameters.items() if id(parameter) not in held]
+        if missing and len(missing) == len(self.weights.parameters):
+            raise ValueError(
+                f"The optimizer ({type(unwrapped(optimizer)).__name__}) holds none of the {len(missing)} weights to "
+                f"prune, such as {missing[0]}, so none could learn to be sparse. Give it the model's parameters, or "
+                "name the modules that it trains with sparsity_include."
+            )
+        for name in missing:
+            self.release(name, "the optimizer does not hold it")
+
+    def _follow_model(self) -> None:
+        """Goes on with what a callback has made of the model: a weight that is frozen or replaced is not trained."""
+        if self.masked:
+            return
+        self.weights.reshard()
+        for name in self.weights.unfrozen():
+            logger.warning(f"{name} was frozen when training began and is trained by now. It stays dense.")
+        for name, reason in self.weights.changes(frozen=self.phase.number == 1).items():
+            if reason is None:
+                self.weights.adopt(name)
+                self.phase.adopt(name)
+                logger.warning(
+                    f"{name} was replaced in the model. It is pruned from its new values on; an optimizer that does "
+                    "not hold the new parameter does not train it."
+                )
+            else:
+                self.release(name, reason)
+
+    def release(self, name: str, reason: str) -> None:
+        """Leaves a weight dense from now on, and says so."""
+        self.weights.release(name, reason)
+        self.phase.drop(name)
+        logger.warning(f"{name} is not pruned any more: {reason}. It stays dense, and the final audit names it.")

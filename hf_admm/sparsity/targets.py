@@ -18,6 +18,8 @@ HEADS = ("classifier", "pooler", "qa_outputs", "score", "lm_head")
 # Routers of a mixture of experts: a few outputs that decide where every token goes.
 ROUTERS = ("router", "gate", "router_gate", "shared_expert_gate")
 
+FROZEN = "frozen"  # the reason to leave a weight that would be pruned, were it trained
+
 
 @dataclass(frozen=True)
 class Target:
@@ -139,7 +141,7 @@ def select_targets(
             return reason
         if owners[id(weight)] > 1:
             return "tied to another module"
-        return None if weight.requires_grad else "frozen"
+        return None if weight.requires_grad else FROZEN
 
     targets, left_out = {}, {}
     for name, parameter in named_parameters(model).items():

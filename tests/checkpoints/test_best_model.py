@@ -26,7 +26,7 @@ def test_early_stopping_ends_with_the_best_model_in_either_phase(peak, stop, tin
     assert_same_weights(trainer.model, weights(type(trainer.model).from_pretrained(best)))
     recorded = {log["step"]: log["eval_logits"] for log in trainer.state.log_history if "eval_logits" in log}
     assert trainer.evaluate()["eval_logits"] == recorded[peak] != recorded[stop]
-    assert not trainer.sparsity.anchors and not trainer.sparsity.masks  # no room kept for what is over
+    assert not trainer.sparsity.phase.companions  # no room kept for what is over
 
 
 def test_early_stopping_without_the_best_model_keeps_the_last(tiny_bert, token_data, tmp_path):

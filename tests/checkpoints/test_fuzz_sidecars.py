@@ -16,26 +16,40 @@ from transformers.pytorch_utils import Conv1D
 from damage import JSON, damaged
 from hf_admm.checkpoints import sidecar
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
+from hf_admm.pruning.phases import PhaseSettings
+from hf_admm.pruning.schedules import PhasePlan
+from hf_admm.pruning.srste import SRSTE
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.patterns import parse_pattern
 from hf_admm.sparsity.targets import select_targets
 
 
 PATTERN = parse_pattern("2:4")
+SETTINGS = PhaseSettings(
+    plan=PhasePlan(12, 6, 12),
+    rho=0.1,
+    rho_schedule="constant",
+    update_steps=2,
+    penalty="loss",
+    decay=2e-4,
+    mask_update_steps=1,
+)
 
 
 def model_and_state():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(8, 4), Conv1D(4, 8), nn.Linear(4, 4, dtype=torch.bfloat16))
     state = ADMMState()
-    state.reset(model, PATTERN, select_targets(model, PATTERN).targets)
+    state.reset(model, PATTERN, select_targets(model, PATTERN))
     return model, state
 
 
 def snapshot(model, state):
-    companions = {**state.anchors, **state.masks} if state.phase == "admm" else state.masks
-    tensors = {**dict(model.named_parameters()), **{f"companion {name}": t for name, t in companions.items()}}
-    settings = (state.phase, state.rho, state.updated_at, state.figures, state.resumed)
+    tensors = {
+        **dict(model.named_parameters()),
+        **{f"companion {name}": t for name, t in state.phase.companions.items()},
+    }
+    settings = (state.phase.name, state.phase.rho, state.phase.updated_at, state.phase.figures, state.resumed)
     return settings, {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
 
@@ -50,16 +64,16 @@ def saved(request, tmp_path_factory):
     """The folder of a sidecar of either phase, its bytes, and what it restores."""
     folder = tmp_path_factory.mktemp(request.param)
     model, state = model_and_state()
-    state.start_admm(0.1)
+    state.begin(SETTINGS)
     with torch.no_grad():
-        for weight in state.weights.values():
+        for weight in state.weights.parameters.values():
             weight.add_(torch.randn_like(weight))
-    state.update_dual(4, 0.1)
+    state.before_forward(4, SETTINGS)
     if request.param == "srste":
-        state.start_srste(6)
+        state.enter(SRSTE, SETTINGS, 6)
     save_sidecar(state, folder)
     model, state = model_and_state()
-    load_sidecar(state, folder)
+    load_sidecar(state, folder, SETTINGS)
     return folder, (folder / SIDECAR_NAME).read_bytes(), snapshot(model, state)
 
 
@@ -68,7 +82,7 @@ def load(folder):
     model, state = model_and_state()
     before = snapshot(model, state)
     try:
-        load_sidecar(state, folder)
+        load_sidecar(state, folder, SETTINGS)
     except ValueError as error:
         assert str(folder) in str(error) and re.search("Resume (with|from)", str(error))
         assert_same(snapshot(model, state), before)
@@ -175,7 +189,7 @@ def test_what_was_loaded_does_not_follow_the_file(saved):
     folder, content, expected = saved
     (folder / SIDECAR_NAME).write_bytes(content)
     model, state = model_and_state()
-    load_sidecar(state, folder)
+    load_sidecar(state, folder, SETTINGS)
     with open(folder / SIDECAR_NAME, "r+b") as file:
         file.write(b"\0" * len(content))
     assert_same(snapshot(model, state), expected)

@@ -17,8 +17,8 @@ def test_phase_1_follows_admm_step_by_step(tiny_bert, token_data, tmp_path):
 
     class Spy(ADMMTrainer):
         def training_step(self, *args, **kwargs):
-            if self.sparsity.phase == "admm":
-                anchors[self.state.global_step] = {n: a.clone() for n, a in self.sparsity.anchors.items()}
+            if self.sparsity.phase.name == "admm":
+                anchors[self.state.global_step] = {n: a.clone() for n, a in self.sparsity.phase.companions.items()}
             return super().training_step(*args, **kwargs)
 
     model = tiny_bert()
@@ -69,12 +69,14 @@ def test_a_frozen_mask_stays(flags, tiny_bert, token_data, tmp_path):
 
     class Spy(ADMMTrainer):
         def training_step(self, *args, **kwargs):
-            masks.append({name: self.sparsity.mask(name) for name in self.sparsity.masks})
+            phase = self.sparsity.phase
+            names = phase.companions if phase.name == "srste" else ()
+            masks.append({name: phase.mask(name) for name in names})
             return super().training_step(*args, **kwargs)
 
     trainer = train(tiny_bert(), token_data(), tmp_path, Spy, learning_rate=0.05, **flags)
     frozen = masks[6:]
-    for name, weight in trainer.sparsity.weights.items():
+    for name, weight in trainer.sparsity.weights.parameters.items():
         assert all(torch.equal(mask[name], frozen[0][name]) for mask in frozen)
         assert torch.equal((weight != 0) & ~frozen[0][name], torch.zeros_like(frozen[0][name]))
 
@@ -84,7 +86,9 @@ def test_a_dynamic_mask_follows_every_few_steps(tiny_bert, token_data, tmp_path)
 
     class Spy(ADMMTrainer):
         def training_step(self, *args, **kwargs):
-            masks.append({name: self.sparsity.mask(name) for name in self.sparsity.masks})
+            phase = self.sparsity.phase
+            names = phase.companions if phase.name == "srste" else ()
+            masks.append({name: phase.mask(name) for name in names})
             return super().training_step(*args, **kwargs)
 
     train(tiny_bert(), token_data(), tmp_path, Spy, learning_rate=0.05, admm_steps=0, mask_update_steps=3,

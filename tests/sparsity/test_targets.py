@@ -244,5 +244,5 @@ def test_activation_checkpointing_changes_no_name(tiny_bert):
     wrapped = select_targets(model, pattern)
     assert wrapped == plain
     state = ADMMState()
-    state.reset(model, pattern, wrapped.targets)
-    assert set(state.weights) == set(plain.targets)
+    state.reset(model, pattern, wrapped)
+    assert set(state.weights.parameters) == set(plain.targets)

@@ -1,0 +1,94 @@
+"""When the phases of a sparse run act."""
+
+from transformers import TrainerCallback
+from transformers.utils import logging
+
+from hf_admm.pruning.state import ADMMState
+from hf_admm.sparsity.targets import select_targets
+
+
+logger = logging.get_logger(__name__)
+
+
+class PhaseCallback(TrainerCallback):
+    """
+    Tells the phases of a run what moment it is. Does nothing with `sparsity_pattern="none"`.
+
+    Lifecycle:
+        - `on_train_begin`: sets up the state on the live model, unless a resume just did
+        - `on_step_begin`: the switch; what a phase does before the forward pass
+        - `on_pre_optimizer_step`: gradients are as the optimizer will see them
+        - `on_optimizer_step`: the weights have moved
+        - `on_train_end`: puts the zeros into the weights for good
+
+    Between the backward pass and clipping there is no event: the trainer tells the state itself.
+
+    Args:
+        state ([`ADMMState`]):
+            The trainer's state.
+    """
+
+    def __init__(self, state: ADMMState):
+        self.state = state
+        self.loss_scale = 1.0  # of the step that is being taken
+
+    def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
+        if not args.is_sparse:
+            return
+        args.validate_sparsity()
+        settings = args.phase_settings(state.max_steps)
+        if self.state.resumed:
+            self.state.resumed = False
+            now = settings.plan.rho(settings.rho, settings.rho_schedule, state.global_step)
+            if now < self.state.phase.rho:
+                logger.warning(
+                    f"rho is {self.state.phase.rho:g} in the checkpoint and would be {now:g} now. It can't fall "
+                    f"within phase 1, where U is scaled by it: it stays at {self.state.phase.rho:g}."
+                )
+            return
+        plan = settings.plan
+        if settings.rho and 0 < plan.admm_steps <= settings.update_steps:
+            logger.warning(
+                f"Phase 1 has {plan.admm_steps} steps and Z and U are updated every {settings.update_steps}: never. "
+                "Lower admm_update_steps, or train longer."
+            )
+        selection = select_targets(model, args.pattern, args.include, args.exclude)
+        self.state.reset(model, args.pattern, selection)
+        self.state.use_optimizer(optimizer)
+        self.state.begin(settings)
+
+    def on_step_begin(self, args, state, control, **kwargs):
+        if self.state.phase.prunes:
+            self.state.before_forward(state.global_step, args.phase_settings(state.max_steps))
+
+    def on_pre_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        if self.state.phase.prunes:
+            settings = args.phase_settings(state.max_steps)
+            self.state.before_clipping(settings)  # if a trainer of one's own has passed over it
+            self.state.after_clipping(settings)
+            self.loss_scale = _loss_scale(optimizer)
+
+    def on_optimizer_step(self, args, state, control, optimizer=None, **kwargs):
+        # In fp16 a step whose gradients overflowed is skipped, which a fused optimizer does not report: only the
+        # scale, halved after each such step, tells.
+        if self.state.phase.prunes and _loss_scale(optimizer) >= self.loss_scale:
+            rates = {id(parameter): group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+            self.state.after_step(args.phase_settings(state.max_steps), rates)
+
+    def on_train_end(self, args, state, control, **kwargs):
+        if not args.is_sparse:
+            return
+        plan = args.phase_plan(state.max_steps)
+        if state.global_step < plan.admm_steps < state.max_steps:
+            logger.warning(
+                f"Training ended after {state.global_step} of {state.max_steps} steps, in phase 1, which has "
+                f"{plan.admm_steps}: phase 2 never ran. The model is the projection of dense weights, and was not "
+                "trained with its zeros. Resume the last checkpoint, or train anew with fewer steps or a smaller "
+                "admm_steps, so that phase 2 comes before the end."
+            )
+        self.state.finish()
+
+
+def _loss_scale(optimizer) -> float:
+    scaler = getattr(optimizer, "scaler", None)
+    return 1.0 if scaler is None else scaler.get_scale()

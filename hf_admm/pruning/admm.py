@@ -1,0 +1,111 @@
+"""Phase 1: ADMM.
+
+Beside each weight W lies its **anchor** T = Z - U. Z and U have disjoint supports, so T holds both, and the support of
+Z can be read off it.
+"""
+
+import torch
+
+from hf_admm.pruning.phases import Phase
+from hf_admm.pruning.shards import gather, scatter, shard_count, straddles
+from hf_admm.pruning.updates import dual_step, proximal_step, residuals, squared_distance
+from hf_admm.sparsity.chunks import tensor_work
+from hf_admm.sparsity.projections import zero_outside
+
+
+class ADMM(Phase):
+    """The W-step is the user's training with a penalty; every few steps Z and U are updated."""
+
+    name, number, prunes, companion = "admm", 1, True, "anchor"
+
+    @tensor_work
+    def begin(self, step, before):
+        """Z = Pi(W) and U = 0, so T = Pi(W)."""
+        plan = self.settings.plan
+        self.rho = plan.rho(self.settings.rho, self.settings.rho_schedule, step)
+        kept = {name: self._start(name).count_nonzero() for name in self.weights.parameters}
+        self.figures = {"sparsity": 1 - self.weights.share(kept).item()}
+
+    def _start(self, name: str) -> torch.Tensor:
+        part, mask = self.local_part(name), self.weights.projection_mask(name)
+        anchor = zero_outside(part.clone(), mask)
+        self.companions[name] = self.room(part, self.settings.state_dtype).copy_(anchor)
+        return mask
+
+    def adopt(self, name):
+        self._start(name)
+
+    def is_over(self, step, settings):
+        return step >= settings.plan.admm_steps
+
+    # At the beginning of a step, not at the end of the one before: a checkpoint saved in between then needs no order
+    # among callbacks, and a resume makes the update that the straight run makes.
+    def before_forward(self, step, settings):
+        if not settings.rho or step % settings.update_steps or step == self.updated_at:
+            return
+        # Never falls: U is scaled by it, and the support of Z could no longer be read off T.
+        rho = max(self.rho, settings.plan.rho(settings.rho, settings.rho_schedule, step))
+        self.update(rho)
+        self.updated_at = step
+        self.check_replicas()
+
+    @tensor_work
+    def update(self, rho: float) -> None:
+        """
+        The Z-step and the U-step of all weights.
+
+        Args:
+            rho (`float`):
+                The penalty's strength from now on, not below the one so far.
+        """
+        sums, weights = {}, self.weights
+        for name, part in weights.local():
+            parameter, transposed = weights.parameters[name], weights.targets[name].transposed
+            anchor = self.companions[name]
+            if not straddles(parameter, weights.pattern, transposed):
+                sums[name] = dual_step(part, anchor, weights.pattern, transposed, self.rho / rho)
+                continue
+            whole = gather(anchor, parameter)
+            added_up = dual_step(gather(part, parameter), whole, weights.pattern, transposed, self.rho / rho)
+            anchor.copy_(scatter(whole, parameter))
+            sums[name] = added_up / shard_count(parameter)  # every process has just added up all of it
+        self.figures |= residuals(weights.total(sums).tolist(), weights.entries)
+        self.rho = rho
+
+    def before_clipping(self, settings, loss_scale):
+        return self.rho * loss_scale if settings.penalty == "loss" else 0.0
+
+    def after_clipping(self, settings):
+        return self.rho if settings.penalty == "gradient" else 0.0
+
+    @tensor_work
+    def after_step(self, settings, rates):
+        if settings.penalty != "decoupled" or not self.rho:
+            return
+        for name, part in self.weights.local():
+            parameter = self.weights.parameters[name]
+            if parameter.requires_grad:
+                proximal_step(part, self.companions[name], rates.get(id(parameter), 0.0) * self.rho)
+
+    def pull(self, name, strength):
+        self.weights.pull(name, self.companions[name], strength)
+
+    @tensor_work
+    def penalty(self, settings):
+        """`rho / 2 * ||W - T||^2`."""
+        squares = {name: squared_distance(part, self.companions[name]) for name, part in self.weights.dense()}
+        return 0.5 * self.rho * self.weights.total(squares).item()
+
+    def sparsify(self):
+        """Pi(W)."""
+        self.weights.project()
+
+    end = sparsify
+
+    def whole_companion(self, name, part):
+        return gather(part, self.weights.parameters[name])
+
+    def restore(self, name, whole):
+        parameter, part = self.weights.parameters[name], self.local_part(name)
+        room = self.room(part, self.settings.state_dtype)
+        self.companions[name] = room.copy_(scatter(whole.to(part.device), parameter))
