@@ -16,14 +16,14 @@ from hf_admm.pruning.shards import DTensor, reshard
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
 from hf_admm.training.learning_rate import phase_scheduler
-from hf_admm.training.loss_scaling import returns_plain_mean
+from hf_admm.training.loss_scaling import LossScalingMixin
 from hf_admm.validation import unsupported_backend
 
 
 logger = logging.get_logger(__name__)
 
 
-class ADMMTrainerMixin(SparseCheckpointsMixin):
+class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
     """
     Sparse fine-tuning for any `Trainer`: mix it in before the trainer class, and pass [`ADMMTrainingArguments`] or a
     class that extends them.
@@ -48,7 +48,6 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
         self.sparsity = ADMMState()
         self.audit: AuditReport | None = None
         self._announced = ""
-        self._averages_loss = False
         if isinstance(model, nn.Module) and args.is_sparse:  # some trainers take the name of a model
             # Before Trainer touches the model, so that bad input is refused with the model as it was.
             select_targets(model, args.pattern, args.include, args.exclude)
@@ -57,8 +56,7 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
 
     def _set_up_sparsity(self) -> None:
         self.audit, self.sparsity.resumed = None, False
-        if self._averages_loss:
-            self.model_accepts_loss_kwargs, self._averages_loss = True, False
+        self._forget_loss_scaling()
         if not self.args.is_sparse:
             self.sparsity.clear()
             return
@@ -68,12 +66,6 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [ADMMCallback(self.sparsity), SRSTECallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
-        own = self.label_smoother is None and self.compute_loss_func is None
-        model = self.accelerator.unwrap_model(self.model)
-        if own and self.model_accepts_loss_kwargs and returns_plain_mean(model):
-            # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
-            self.model_accepts_loss_kwargs, self._averages_loss = False, True
-            logger.info(f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step.")
 
     def _check_backend(self) -> None:
         """`accelerate launch` may set one that the arguments do not show."""
