@@ -15,7 +15,7 @@ from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.pruning.shards import DTensor, reshard
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
-from hf_admm.training.learning_rate import phase_scheduler
+from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
 from hf_admm.training.loss_scaling import LossScalingMixin
 from hf_admm.validation import unsupported_backend
 
@@ -136,7 +136,9 @@ class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
         `admm_lr_scheduler_type` in phase 1, from its peak, since a single decay would leave phase 2 nothing to learn
         with. Each takes its share of the warm-up. A scheduler that was passed is left as it is.
         """
-        if self.args.is_sparse and self.lr_scheduler is None:
+        if self.args.is_sparse and self.lr_scheduler is not None:
+            warn_of_unused_flags(self.args)
+        elif self.args.is_sparse:
             in_use = self.optimizer if optimizer is None else optimizer
             self.lr_scheduler = phase_scheduler(self.args, in_use, num_training_steps)
             self._created_lr_scheduler = self.lr_scheduler is not None

@@ -1,5 +1,7 @@
 """The learning rate of a run in two phases: each has a whole schedule of its own."""
 
+from dataclasses import fields
+
 import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
@@ -58,6 +60,27 @@ def phase_scheduler(args, optimizer: torch.optim.Optimizer, num_training_steps: 
     return LambdaLR(optimizer, [join_segments(list(multipliers), segments, peaks) for multipliers in groups])
 
 
+def warn_of_unused_flags(args) -> None:
+    """
+    Names the flags that do not apply to a scheduler that was passed to the trainer.
+
+    Args:
+        args ([`ADMMTrainingArguments`]):
+            The arguments.
+    """
+    flags = {field.name: field.default for field in fields(args)}
+    changed = [
+        f"{name}={getattr(args, name)}"
+        for name in ("admm_lr_scheduler_type", "srste_lr_multiplier")
+        if getattr(args, name) != flags[name]
+    ]
+    if changed:
+        logger.warning(
+            f"The learning-rate scheduler that was passed runs through both phases as it is: {', '.join(changed)} "
+            "does not apply."
+        )
+
+
 def _segment(args, optimizer, run: int, steps: int, peak: float, kind: str | None):
     """The schedule of one phase, on a stand-in optimizer: only its multipliers are wanted."""
     warmup = args.get_warmup_steps(run)
@@ -77,7 +100,7 @@ def _segment(args, optimizer, run: int, steps: int, peak: float, kind: str | Non
 
 def _rate(optimizer) -> float:
     """What transformers' schedules take for the rate of an optimizer, whatever its groups have."""
-    rate = optimizer.defaults.get("lr")
+    rate = getattr(optimizer, "defaults", {}).get("lr")
     return float(optimizer.param_groups[0]["lr"] if rate is None else rate)
 
 

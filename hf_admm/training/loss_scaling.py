@@ -50,7 +50,14 @@ class LossScalingMixin:
         # Where training and evaluation first need the answer, and hold the batches that give it.
         if self._settled_for is not self.model:
             self._forget_loss_scaling()
-        count = super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
+        if self._averages_loss:
+            # It makes no use of the count, but a `training_step` of the user's gets what Trainer would give it.
+            self.model_accepts_loss_kwargs = True
+        try:
+            count = super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
+        finally:
+            if self._averages_loss:
+                self.model_accepts_loss_kwargs = False
         if count is None or self._settled_for is self.model or not self._scaling_matters():
             return count
         for batch in batch_samples:
@@ -64,7 +71,6 @@ class LossScalingMixin:
                 logger.info(
                     f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step."
                 )
-                return None
             break
         return count
 

@@ -172,7 +172,7 @@ def test_the_arguments_may_be_json(tiny_bert, token_data, tmp_path):
     assert min(take.seen) >= 5e-4 and max(take.seen) == take.seen[6] == 1e-3
 
 
-def test_a_scheduler_that_was_passed_is_left_alone(tiny_bert, token_data, tmp_path):
+def test_a_scheduler_that_was_passed_is_left_alone_and_that_is_said(tiny_bert, token_data, tmp_path, caplog):
     model, take = tiny_bert(), recorder()
     given = torch.optim.SGD(model.parameters(), lr=0.01)
     halving = torch.optim.lr_scheduler.LambdaLR(given, lambda step: 0.5**step)
@@ -180,6 +180,7 @@ def test_a_scheduler_that_was_passed_is_left_alone(tiny_bert, token_data, tmp_pa
         model, token_data(), tmp_path, callbacks=[take], srste_lr_multiplier=2.0,
         parts={"optimizers": (given, halving)},
     )  # fmt: skip
+    assert "as it is: srste_lr_multiplier=2.0 does not apply" in caplog.text
     assert trainer.lr_scheduler is halving and take.seen == [0.01 * 0.5**step for step in range(STEPS)]
 
 

@@ -195,6 +195,21 @@ def test_an_overridden_loss_gets_what_plain_trainer_gives_it(where, tiny_bert, t
     assert found == expected == [8] * 16 and logs[0] == logs[1]
 
 
+def test_an_overridden_step_gets_the_count_too(tiny_bert, token_data, tmp_path):
+    """And the loss of Trainer's own step within it is averaged."""
+    seen = []
+
+    class Steps(ADMMTrainer):
+        def training_step(self, model, inputs, num_items_in_batch=None):
+            seen.append(int(num_items_in_batch))
+            return super().training_step(model, inputs, num_items_in_batch)
+
+    model = tiny_bert(**NO_DROPOUT["tiny_bert"])
+    weights_of, logs, trainer = runs_of(model, token_data(), tmp_path, Steps)
+    assert_independent_of_the_split(weights_of, logs)
+    assert seen == [8] * 5 * STEPS and not trainer.model_accepts_loss_kwargs
+
+
 @pytest.mark.parametrize("scaled", [True, False])
 def test_what_the_user_says_of_the_scale_stands(scaled, tiny_bert, token_data, tmp_path):
     logs = []
