@@ -1,16 +1,13 @@
 """A loss that is a plain mean is averaged over a step; every other is scaled exactly as by plain Trainer."""
 
 import copy
-import random
 
-import numpy as np
 import pytest
 import torch
-from torch import nn
 from transformers import BertConfig, BertForTokenClassification, GPT2Config, GPT2ForSequenceClassification, Trainer
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin
-from hf_admm.training.loss_scaling import LossScalingMixin
+from own_losses import Divides, DividesInTraining, Hands, Means, MeansInTraining
 from tiny_runs import NO_DROPOUT, STEPS, Recorder, prepare, train, weights
 
 
@@ -45,51 +42,6 @@ def assert_independent_of_the_split(seen, logs):
         for name in one:
             torch.testing.assert_close(one[name], many[name], rtol=1e-4, atol=2e-6, msg=f"{name} at step {step}")
     assert len(logs[0]) == STEPS and logs[0] == pytest.approx(logs[1], rel=1e-3)
-
-
-class Wrapper(nn.Module):
-    """A model of one's own around a transformer, whose source says nothing about the count."""
-
-    def __init__(self, inner):
-        super().__init__()
-        self.inner, self.config = inner, inner.config
-
-
-class Hands(Wrapper):
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels, **kwargs)
-
-
-class Divides(Wrapper):
-    """Its own sum over a count under another name."""
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **extra):
-        logits = self.inner(input_ids=input_ids, attention_mask=attention_mask).logits[:, :-1]
-        given = [value for name, value in extra.items() if name.startswith("num_items")]
-        total = nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), reduction="sum")
-        return total / (given[0] if given else (labels[:, 1:] != -100).sum()), logits
-
-
-class DividesInTraining(Hands):
-    """In evaluation it looks like a plain mean."""
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        return super().forward(input_ids, attention_mask, labels, **(kwargs if self.training else {}))
-
-
-class Means(Wrapper):
-    """Accepts the count, speaks of num_items_in_batch, and returns a mean."""
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, num_items_in_batch=None, **kwargs):
-        return self.inner(input_ids=input_ids, attention_mask=attention_mask, labels=labels)
-
-
-class MeansInTraining(Means):
-    """Without a loss in evaluation."""
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        outputs = super().forward(input_ids, attention_mask, labels, **kwargs)
-        return outputs if self.training else {"logits": outputs.logits}
 
 
 # ---- Models that use the count ----
@@ -223,123 +175,3 @@ def test_what_the_user_says_of_the_scale_stands(scaled, tiny_bert, token_data, t
         trainer.train()
         logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
     assert logs[0] == pytest.approx(logs[1]) and (logs[0][0] > 2) == scaled
-
-
-# ---- The measuring itself ----
-
-
-class Restless(Hands):
-    """What a forward pass can leave behind: statistics, counters, draws from every generator."""
-
-    def __init__(self, inner):
-        super().__init__(inner)
-        self.norm, self.calls, self.heat = nn.BatchNorm1d(8), 0, 1.0
-        self.register_buffer("average", torch.zeros(1))
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        self.calls, self.heat = self.calls + 1, self.heat * 0.9
-        self.average = self.average + 1
-        labels[labels == 63] = -100  # in place
-        self.norm(torch.rand(4, 8) + random.random() + np.random.rand())
-        loss, *_ = super().forward(input_ids, attention_mask, labels, return_dict=False, **kwargs)
-        return (loss * (1 + 0.1 * torch.rand(1).item() + 0.1 * random.random() * self.heat),)
-
-
-def test_measuring_leaves_no_trace(tiny_gpt2, token_data, tmp_path, monkeypatch):
-    """A run that measures ends with the bits of one that does not, and its model with the same statistics."""
-    ends = []
-    for measures in (True, False):
-        if not measures:
-            monkeypatch.setattr(LossScalingMixin, "_scaling_matters", lambda self: False)
-        trainer = prepare(
-            Restless(tiny_gpt2()), token_data(labels=None), tmp_path, per_device_train_batch_size=4,
-            gradient_accumulation_steps=2, label_names=["labels"],
-        )  # fmt: skip
-        random.seed(0)
-        trainer.train()
-        assert (trainer._settled_for is trainer.model) == measures and trainer.model.calls == 2 * STEPS
-        ends.append((trainer.model.state_dict(), trainer.model.heat, random.random(), np.random.rand()))
-    (one, *numbers), (other, *others) = ends
-    assert numbers == others and all(torch.equal(one[name], other[name]) for name in one)
-
-
-def test_a_resume_measures_the_same(tiny_bert, token_data, tmp_path):
-    """With dropout, from the middle of an epoch and of both phases."""
-    flags = {"per_device_train_batch_size": 2, "gradient_accumulation_steps": 2, "save_strategy": "steps"}
-    straight = train(tiny_bert(), token_data(), tmp_path / "straight", save_steps=3, **flags)
-    for step in (3, 9):
-        resumed = prepare(tiny_bert(seed=1), token_data(), tmp_path / "resumed", save_steps=30, **flags)
-        resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
-        assert all(torch.equal(resumed.model.get_parameter(n), w) for n, w in weights(straight.model).items())
-
-
-class Calls(Means):
-    calls = 0
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        Calls.calls += 1
-        return super().forward(input_ids, attention_mask, labels, **kwargs)
-
-
-@pytest.mark.parametrize(
-    ("flags", "extra"),
-    [
-        ({}, 0),
-        ({"gradient_accumulation_steps": 2}, 2),
-        ({"sparsity_pattern": "none", "gradient_accumulation_steps": 2}, 0),
-    ],
-)
-def test_it_is_measured_once_and_only_where_it_matters(flags, extra, tiny_bert, token_data, tmp_path):
-    Calls.calls = 0
-    train(Calls(tiny_bert()), token_data(), tmp_path, **flags)
-    assert Calls.calls == STEPS * flags.get("gradient_accumulation_steps", 1) + extra
-
-
-def test_each_model_is_measured_anew(tiny_bert, tiny_gpt2, token_data, tmp_path):
-    """As in a search over models; and an evaluation before the training asks too."""
-    models = [Means(tiny_gpt2()), Hands(tiny_gpt2()), Means(tiny_gpt2())]
-    trainer = prepare(
-        None, token_data(labels=None), tmp_path, parts={"model_init": lambda: models[0]}, label_names=["labels"],
-        gradient_accumulation_steps=2,
-    )  # fmt: skip
-    answers = []
-    for _ in range(3):
-        trainer.train()
-        answers.append(trainer.model_accepts_loss_kwargs)
-        models.pop(0)
-    assert answers == [False, True, False]
-
-
-class Refuses(Means):
-    """A forward pass that can't be made without a gradient."""
-
-    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-        if not torch.is_grad_enabled():
-            raise RuntimeError("no gradient here")
-        return super().forward(input_ids, attention_mask, labels, **kwargs)
-
-
-def test_what_can_not_be_measured_is_left_to_trainer_and_said(tiny_bert, token_data, tmp_path, caplog):
-    trainer = train(
-        Refuses(tiny_bert()), token_data(), tmp_path, per_device_train_batch_size=4, gradient_accumulation_steps=2
-    )
-    assert trainer.model_accepts_loss_kwargs and trainer.audit.ok
-    assert caplog.text.count("could not be measured (RuntimeError: no gradient here)") == 1
-
-
-def test_memory_errors_are_left_to_the_search_for_a_batch_size(tiny_bert, token_data, tmp_path):
-    class Full(Means):
-        calls = 0
-
-        def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
-            Full.calls += 1
-            if Full.calls == 1:
-                raise RuntimeError("CUDA out of memory.")
-            return super().forward(input_ids, attention_mask, labels, **kwargs)
-
-    trainer = train(
-        Full(tiny_bert()), token_data(), tmp_path, gradient_accumulation_steps=2, auto_find_batch_size=True,
-        logging_steps=1,
-    )  # fmt: skip
-    assert not trainer.model_accepts_loss_kwargs and trainer._train_batch_size < 8
-    assert all(log["loss"] < 1.2 for log in trainer.state.log_history if "loss" in log)
