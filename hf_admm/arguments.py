@@ -64,8 +64,9 @@ class ADMMTrainingArguments(TrainingArguments):
         srste_decay (`float`, *optional*, defaults to `2e-4`):
             SR-STE's lambda: the decay of the pruned weights, added to their gradient.
         srste_lr_multiplier (`float`, *optional*, defaults to `1.0`):
-            Peak learning rate of phase 2, as a multiple of `learning_rate`. A pruned network often recovers faster at
-            a higher rate than the one that suits the dense network.
+            Peak learning rate of phase 2, as a multiple of the optimizer's (`learning_rate`, or that of an optimizer
+            of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense
+            network. An absolute floor (`min_lr`, `lr_end`) is not multiplied.
         mask_update_steps (`int`, *optional*, defaults to `1`):
             Optimizer steps between two updates of the mask.
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):

@@ -7,26 +7,25 @@ from pathlib import Path
 
 import torch
 from torch import nn
-from torch.optim.lr_scheduler import LambdaLR
-from transformers import Trainer, get_scheduler
+from transformers import Trainer
 from transformers.utils import logging
 
 from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.audit import AuditReport, audit_weights
 from hf_admm.callbacks import MetricsCallback, PhaseCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
-from hf_admm.pruning.schedules import join_segments
 from hf_admm.pruning.shards import DTensor
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
-from hf_admm.training.loss_scaling import returns_plain_mean
+from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
+from hf_admm.training.loss_scaling import LossScalingMixin
 from hf_admm.validation import unsupported_backend
 
 
 logger = logging.get_logger(__name__)
 
 
-class ADMMTrainerMixin(SparseCheckpointsMixin):
+class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
     """
     Sparse fine-tuning for any `Trainer`: mix it in before the trainer class, and pass [`ADMMTrainingArguments`] or a
     class that extends them.
@@ -51,7 +50,6 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
         self.sparsity = ADMMState()
         self.audit: AuditReport | None = None
         self._announced = ""
-        self._averages_loss = False
         if isinstance(model, nn.Module) and args.is_sparse:  # some trainers take the name of a model
             # Before Trainer touches the model, so that bad input is refused with the model as it was.
             select_targets(model, args.pattern, args.include, args.exclude)
@@ -60,8 +58,7 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
 
     def _set_up_sparsity(self) -> None:
         self.audit, self.sparsity.resumed = None, False
-        if self._averages_loss:
-            self.model_accepts_loss_kwargs, self._averages_loss = True, False
+        self._forget_loss_scaling()
         if not self.args.is_sparse:
             self.sparsity.clear()
             return
@@ -71,12 +68,6 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [PhaseCallback(self.sparsity), MetricsCallback(self.sparsity)]
             self.callback_handler.callbacks[1:1] = ours
-        own = self.label_smoother is None and self.compute_loss_func is None
-        model = self.accelerator.unwrap_model(self.model)
-        if own and self.model_accepts_loss_kwargs and returns_plain_mean(model):
-            # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
-            self.model_accepts_loss_kwargs, self._averages_loss = False, True
-            logger.info(f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step.")
 
     def _check_backend(self) -> None:
         """`accelerate launch` may set one that the arguments do not show."""
@@ -144,39 +135,15 @@ class ADMMTrainerMixin(SparseCheckpointsMixin):
         """
         The learning rate with a segment for each phase: each is a whole schedule of `lr_scheduler_type`, or of
         `admm_lr_scheduler_type` in phase 1, from its peak, since a single decay would leave phase 2 nothing to learn
-        with. Each takes its share of the warm-up.
+        with. Each takes its share of the warm-up. A scheduler that was passed is left as it is.
         """
-        if not self.args.is_sparse:
-            return super().create_scheduler(num_training_steps, optimizer)
-        plan, last = self.args.phase_plan(num_training_steps), self.args.srste_lr_multiplier
-        segments = plan.segments
-        peaks = [1.0, last] if len(segments) > 1 else [1.0 if plan.admm_steps else last]
-        own = len(segments) > 1 or peaks != [1.0] or (plan.admm_steps and self.args.admm_lr_scheduler_type)
-        if self.lr_scheduler is None and own:
-            warmup = self.args.get_warmup_steps(num_training_steps) / num_training_steps
-            kinds = ([self.args.admm_lr_scheduler_type] if plan.admm_steps else []) + [None]
-            parts = [self._segment(steps, round(warmup * steps), kinds[i]) for i, steps in enumerate(segments)]
-            if all(isinstance(part, LambdaLR) for part in parts):
-                multiplier = join_segments([part.lr_lambdas[0] for part in parts], segments, peaks)
-                self.lr_scheduler = LambdaLR(optimizer or self.optimizer, multiplier)
-                self._created_lr_scheduler = True
-            else:
-                logger.warning(
-                    f"lr_scheduler_type={self.args.lr_scheduler_type} has no fixed length, so it runs through both "
-                    "phases, at one peak, instead of starting again at the switch."
-                )
+        if self.args.is_sparse and self.lr_scheduler is not None:
+            warn_of_unused_flags(self.args)
+        elif self.args.is_sparse:
+            in_use = self.optimizer if optimizer is None else optimizer
+            self.lr_scheduler = phase_scheduler(self.args, in_use, num_training_steps)
+            self._created_lr_scheduler = self.lr_scheduler is not None
         return super().create_scheduler(num_training_steps, optimizer)
-
-    def _segment(self, steps: int, warmup_steps: int, kind: str | None):
-        """The schedule of one phase, on a stand-in optimizer: only its multiplier is wanted."""
-        stand_in = torch.optim.SGD([torch.zeros(1)], lr=self.args.learning_rate)
-        return get_scheduler(
-            kind or self.args.lr_scheduler_type,
-            optimizer=stand_in,
-            num_warmup_steps=warmup_steps,
-            num_training_steps=steps,
-            scheduler_specific_kwargs=None if kind else self.args.lr_scheduler_kwargs,
-        )
 
     def _clip_grad_norm(self, model):
         self._pull_gradients()

@@ -4,35 +4,157 @@ Trainer takes every model whose `forward` accepts `**kwargs` for one that normal
 and then neither divides by the accumulation steps nor lets DDP's mean stand. Many heads, BERT's classifier among them,
 accept the argument and return a plain mean: their gradient and their logged loss come out multiplied by the
 accumulation steps and by the number of processes, and rho means something else in every set-up.
+
+Nothing in a model's code says which of the two it is, so it is measured.
 """
 
-import inspect
+import copy
+import math
+import random
+from contextlib import contextmanager
 
+import numpy as np
+import torch
+from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
+from transformers import Trainer
+from transformers.utils import logging
+
+from hf_admm.pruning.shards import local, reshard
 
 
-def returns_plain_mean(model: nn.Module) -> bool:
+logger = logging.get_logger(__name__)
+
+# The verdicts, in the order in which that of one process overrules that of another.
+UNKNOWN, MEAN, COUNTS, FAILED = range(4)
+
+
+class LossScalingMixin:
     """
-    Whether the loss of a model is a mean over the batch whatever `num_items_in_batch` it is given.
+    The part of [`ADMMTrainerMixin`] that has Trainer average the losses that are plain means.
 
-    Args:
-        model (`nn.Module`):
-            An unwrapped model.
-
-    Returns:
-        `bool`: `False` also if its source can't be read, which leaves Trainer's own judgement.
+    A loss that is somebody's own (an overridden `compute_loss`, a `compute_loss_func`, label smoothing, a
+    `loss_is_scaled_for_ga` that says so) is scaled exactly as plain `Trainer` scales it, and so is that of a model
+    that uses the count.
     """
+
+    _averages_loss = False
+    _settled_for: nn.Module | None = None  # the model for which the question is settled
+
+    def _forget_loss_scaling(self) -> None:
+        if self._averages_loss:
+            self.model_accepts_loss_kwargs = True
+        self._averages_loss, self._settled_for = False, None
+
+    def _get_num_items_in_batch(self, batch_samples, *args, **kwargs):
+        # Where training and evaluation first need the answer, and hold the batches that give it.
+        if self._settled_for is not self.model:
+            self._forget_loss_scaling()
+        if self._averages_loss:
+            # It makes no use of the count, but a `training_step` of the user's gets what Trainer would give it.
+            self.model_accepts_loss_kwargs = True
+        try:
+            count = super()._get_num_items_in_batch(batch_samples, *args, **kwargs)
+        finally:
+            if self._averages_loss:
+                self.model_accepts_loss_kwargs = False
+        if count is None or self._settled_for is self.model or not self._scaling_matters():
+            return count
+        for batch in batch_samples:
+            verdict = self._agree(self._measure(batch, count))
+            if verdict == UNKNOWN:
+                continue  # as of a batch without a label; if all are, the next step asks again
+            self._settled_for = self.model
+            if verdict == MEAN:
+                # It would be multiplied by the accumulation steps and by the processes, and the penalty is not.
+                self.model_accepts_loss_kwargs, self._averages_loss = False, True
+                logger.info(
+                    f"The loss of {type(self.model).__name__} is a plain mean: Trainer averages it over a step."
+                )
+            break
+        return count
+
+    def _scaling_matters(self) -> bool:
+        args, parallel = self.args, getattr(self.accelerator, "parallelism_config", None)
+        return (
+            args.is_sparse
+            and (args.gradient_accumulation_steps > 1 or args.world_size > 1 or args.n_gpu > 1)
+            and getattr(self.compute_loss, "__func__", None) is Trainer.compute_loss
+            and self.compute_loss_func is None
+            and self.label_smoother is None
+            and not getattr(self, "loss_is_scaled_for_ga", None)
+            # Sequences divided among the processes pass through contexts that divide the batch in place.
+            and not getattr(parallel, "cp_enabled", False)
+            and not getattr(parallel, "sp_enabled", False)
+        )
+
+    def _measure(self, batch, count) -> int:
+        try:
+            one, other = self._losses(batch, count)
+        except Exception as error:
+            if should_reduce_batch_size(error):
+                raise  # for `auto_find_batch_size`
+            logger.warning(
+                f"Whether {type(self.model).__name__} divides its loss by num_items_in_batch could not be measured "
+                f"({type(error).__name__}: {error}). It is taken to, as Trainer does."
+            )
+            return FAILED
+        if not (math.isfinite(one) and math.isfinite(other)) or one == other == 0:
+            return UNKNOWN
+        return COUNTS if abs(one - other) > 1e-3 * abs(one) else MEAN
+
+    def _losses(self, batch, count) -> list[float]:
+        """The loss of a batch with the count, and with twice the count; nothing else is changed by it."""
+        if isinstance(count, torch.Tensor):
+            count = count.reshape(-1)[0]  # DataParallel has one for each device
+        losses = []
+        with _as_it_was(self.model), torch.no_grad():
+            self.model.train()  # some models return no loss, or another one, in evaluation
+            for factor in (1, 2):
+                with _same_randomness(self.model, self.args.device):
+                    inputs = self._prepare_inputs(copy.deepcopy(batch))
+                    with self.compute_loss_context_manager():
+                        loss = self.compute_loss(self.model, inputs, num_items_in_batch=factor * count)
+                    losses.append(float(loss.mean()))
+        return losses
+
+    def _agree(self, verdict: int) -> int:
+        if self.args.world_size == 1:
+            return verdict
+        return int(self.accelerator.gather(torch.tensor([verdict], device=self.args.device)).max())
+
+
+@contextmanager
+def _same_randomness(model: nn.Module, device: torch.device):
+    """What is drawn within is drawn again after it."""
+    devices = {parameter.device for parameter in model.parameters()} | {device}
+    devices = sorted((d for d in devices if d.type not in ("cpu", "mps", "meta")), key=str)
+    python, arrays = random.getstate(), np.random.get_state()
     try:
-        source = inspect.getsource(inspect.unwrap(type(model).forward))
-    except (OSError, TypeError):
-        return False
-    if "num_items_in_batch" in source:
-        return False
-    if "loss_function(" not in source:
-        return "loss" in source
-    # ForSequenceClassificationLoss passes the number on for single labels only.
-    config = getattr(model, "config", None)
-    problem = getattr(config, "problem_type", None)
-    regression = problem == "regression" or (problem is None and getattr(config, "num_labels", None) == 1)
-    sequence = getattr(model, "loss_type", None) == "ForSequenceClassification"
-    return sequence and (regression or problem == "multi_label_classification")
+        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
+            yield
+    finally:
+        random.setstate(python)
+        np.random.set_state(arrays)
+
+
+@contextmanager
+def _as_it_was(model: nn.Module):
+    """Takes back what forward passes do to a model: statistics in buffers, counters, modes."""
+    modules = [(module, dict(module._buffers), _numbers(module)) for module in model.modules()]
+    values = [(buffer, buffer.clone()) for buffer in map(local, model.buffers())]
+    try:
+        yield
+    finally:
+        for module, buffers, numbers in modules:
+            module._buffers.update(buffers)
+            vars(module).update(numbers)
+        with torch.no_grad():
+            for buffer, value in values:
+                if not torch.equal(buffer, value):  # those that are views of one entry can't be written
+                    buffer.copy_(value)
+        reshard(model)
+
+
+def _numbers(module: nn.Module) -> dict[str, bool | int | float]:
+    return {name: value for name, value in vars(module).items() if isinstance(value, bool | int | float)}
