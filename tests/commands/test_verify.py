@@ -4,12 +4,14 @@ import json
 
 import pytest
 import torch
+import transformers
 from safetensors.torch import save_file
 
 from hf_admm.checkpoints.files import RECORD_NAME, WEIGHTS_NAME
 from hf_admm.commands import verify
 from hf_admm.sparsity.patterns import parse_pattern
 from hf_admm.sparsity.projections import project
+from hf_admm.sparsity.targets import select_targets
 
 
 @pytest.fixture
@@ -187,6 +189,26 @@ def test_sentence_transformers_with_the_model_at_the_root(checkpoint, tmp_path, 
     (tmp_path / "modules.json").write_text("{")
     with pytest.raises(ValueError, match="modules.json is damaged"):
         verify.main([write()])
+
+
+def test_a_model_saved_by_sentence_transformers(tiny_bert, tmp_path, capsys):
+    library = pytest.importorskip("sentence_transformers")
+    models = pytest.importorskip("sentence_transformers.models")
+    source = tmp_path / "source"
+    tiny_bert().bert.save_pretrained(source)
+    (source / "vocab.txt").write_text("\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "a"]))
+    transformers.BertTokenizer(str(source / "vocab.txt")).save_pretrained(source)
+    encoder = models.Transformer(str(source))
+    model = library.SentenceTransformer(modules=[encoder, models.Pooling(16), models.Dense(16, 8)])
+    names = [name for name in select_targets(model, parse_pattern("2:4")).targets if ".query." in name]
+    assert len(names) == 2 and not any("linear" in name for name in names)
+    for name in names:
+        weight = model.get_parameter(name)
+        weight.data = project(weight, parse_pattern("2:4"))
+    model.save(str(tmp_path / "saved"))
+    assert verify.main([str(tmp_path / "saved"), "--expect", "query"]) == 0
+    assert "2_Dense/linear.weight" in capsys.readouterr().out
+    assert verify.main([str(tmp_path / "saved"), "--expect", "query", "key"]) == 1
 
 
 def test_a_folder_of_checkpoints_is_not_one(checkpoint, tmp_path):

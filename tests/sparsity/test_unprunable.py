@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from architectures import SMALL
+from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from hf_admm.sparsity.patterns import parse_pattern
 from hf_admm.sparsity.targets import select_targets
 
@@ -141,3 +142,10 @@ def test_a_convolutional_network_is_not_advised_to_name_its_convolutions():
     with pytest.raises(ValueError, match="Only linear layers and nn.MultiheadAttention can be") as error:
         select_targets(model, PATTERN)
     assert "sparsity_include can name: classifier.1." in str(error.value)
+
+
+def test_the_trainer_warns_of_a_small_selection(tiny_bert, tmp_path, caplog):
+    args = ADMMTrainingArguments(str(tmp_path), sparsity_include=[QUERY], report_to="none", use_cpu=True)
+    ADMMTrainer(tiny_bert(), args)
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert any(re.match(r"Only \d\.\d% of the entries of this model's matrices", text) for text in warnings)
