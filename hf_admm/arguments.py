@@ -1,6 +1,5 @@
 """The flags of sparse fine-tuning."""
 
-import re
 from contextlib import suppress
 from dataclasses import dataclass, field
 
@@ -9,6 +8,7 @@ from transformers import TrainingArguments
 
 from hf_admm.pruning.phases import PhaseSettings
 from hf_admm.pruning.schedules import PhasePlan, to_steps
+from hf_admm.sparsity.naming import as_names
 from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
 from hf_admm.validation import DEFAULT_RHO, PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
 
@@ -199,12 +199,12 @@ class ADMMTrainingArguments(TrainingArguments):
     @property
     def include(self) -> list[str] | str | None:
         """`sparsity_include` with a single regular expression as a string."""
-        return _as_names(self.sparsity_include)
+        return as_names(self.sparsity_include)
 
     @property
     def exclude(self) -> list[str] | str | None:
         """`sparsity_exclude` with a single regular expression as a string."""
-        return _as_names(self.sparsity_exclude)
+        return as_names(self.sparsity_exclude)
 
     def phase_settings(self, max_steps: int) -> PhaseSettings:
         """
@@ -236,10 +236,3 @@ class ADMMTrainingArguments(TrainingArguments):
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
         freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
         return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
-
-
-def _as_names(value: list[str] | str | None) -> list[str] | str | None:
-    """The command line passes a regular expression as a list of one; a suffix has none of these characters."""
-    if isinstance(value, list | tuple) and len(value) == 1 and re.search(r"[\\^$*+?()\[\]{}|]", value[0]):
-        return value[0]
-    return value

@@ -4,6 +4,7 @@ A checkpoint is audited from its safetensors alone, one tensor in memory at a ti
 sparse is told by the record that training leaves beside them ([`read_record`]); matrices that no record names are
 judged by their zeros:
 
+- Zeros that a weight has lost leave no trace: without a record, it passes for dense unless it is named as expected.
 - A dense weight has next to no exact zeros, and a pruned one keeps nearly all of its zeros when some entries are
   edited afterwards. So a matrix counts as sparse from half of the zeros that the pattern prescribes, that is
   `(1 - density) / 2` of its entries: at `2:4`, one entry may have been changed in every group and it still counts.
@@ -18,7 +19,8 @@ from pathlib import Path
 
 import torch
 
-from hf_admm.checkpoints.files import read_record, read_tensors
+from hf_admm.checkpoints.folders import Checkpoint
+from hf_admm.sparsity.naming import check_expression, matches, name_entries
 from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
 from hf_admm.sparsity.projections import broken_groups
 
@@ -27,6 +29,8 @@ DEFAULT_PATTERN = "2:4"
 
 _PACKED = getattr(torch, "float4_e2m1fn_x2", "not in this version of torch")
 _SPARSE = ("ok", "broken")
+NO_RECORD = "no record: judged by zeros"
+EMPTY_RECORD = "its record names no weight, so it was not written by a whole save: restore it, or name what to expect"
 _FAILED = ("broken", "misfit", "missing")
 
 
@@ -91,11 +95,20 @@ class AuditReport:
             One entry for each weight, in the order of the model or file.
         released (`dict[str, str]`, *optional*):
             Weights that training left dense though it could have pruned them, and why.
+        recorded (`int`, *optional*):
+            How many weights the record of a checkpoint names. `None` if it has none, or for live weights.
+        note (`str`, *optional*, defaults to `""`):
+            By what a checkpoint was judged if not by a record alone.
+        at_least (`int`, *optional*, defaults to 1):
+            How many weights must be sparse.
     """
 
     pattern: str
     weights: list[WeightAudit]
     released: dict[str, str] = field(default_factory=dict)
+    recorded: int | None = None
+    note: str = ""
+    at_least: int = 1
 
     @property
     def sparse(self) -> list[WeightAudit]:
@@ -120,13 +133,20 @@ class AuditReport:
 
     @property
     def ok(self) -> bool:
-        """Whether at least one weight is sparse and none that should obey the pattern fails to."""
-        return bool(self.sparse) and not self.failures
+        """Whether enough weights are sparse and none that should obey the pattern fails to."""
+        return len(self.sparse) >= self.at_least and not self.failures and self.note != EMPTY_RECORD
 
     def verdict(self) -> str:
         """One line that says whether the model obeys the pattern and, if not, names the weights that fail."""
+        line = self._verdict()
+        return f"{line[:-1]} ({self.note})." if self.note else line
+
+    def _verdict(self) -> str:
         if not self.sparse and not self.failures:
             return f"FAILED: no weight is sparse under pattern {self.pattern}."
+        if not self.ok and not self.failures:
+            wanted = f", and at least {self.at_least} were expected" if len(self.sparse) < self.at_least else ""
+            return f"FAILED: {len(self.sparse)} weights are sparse under pattern {self.pattern}{wanted}."
         if self.ok:
             left = "; ".join(f"{name} ({reason})" for name, reason in self.released.items())
             dense = f" Left dense: {left}." if left else ""
@@ -167,6 +187,8 @@ class AuditReport:
         return {
             "pattern": self.pattern,
             "ok": self.ok,
+            "recorded": self.recorded,
+            "note": self.note,
             "sparsity": self.sparsity,
             "violations": self.violations,
             "released": self.released,
@@ -197,48 +219,62 @@ def audit_weights(
         `ValueError`: If the pattern string is invalid.
     """
     pattern = parse_pattern(str(pattern))
-    return AuditReport(str(pattern), [_audit_target(*weight, pattern) for weight in weights], dict(released or {}))
+    return AuditReport(
+        str(pattern), [_audit_target(*weight, pattern) for weight in weights], released=dict(released or {})
+    )
 
 
-def audit_checkpoint(path: str | Path, pattern: SparsityPattern | str | None = None) -> AuditReport:
+def audit_checkpoint(
+    path: str | Path,
+    pattern: SparsityPattern | str | None = None,
+    expect: list[str] | str | None = None,
+    at_least: int = 1,
+) -> AuditReport:
     """
     Audits a checkpoint from its safetensors alone; no model is built.
 
     Args:
         path (`str` or `Path`):
-            A folder with `model.safetensors` or with an index and its shards, or one `.safetensors` file.
+            A folder with `model.safetensors` or with an index and its shards, one of Sentence Transformers or with its
+            weights in folders of that one, or one `.safetensors` file.
         pattern ([`SparsityPattern`] or `str`, *optional*):
             The pattern. Defaults to the recorded one if the checkpoint holds a record, else to `"2:4"`.
+        expect (`list[str]` or `str`, *optional*):
+            Names of modules whose weights must be sparse, record or not, in PEFT's convention (see [`matches`]).
+        at_least (`int`, *optional*, defaults to 1):
+            How many weights must be sparse.
 
     Returns:
-        [`AuditReport`]: The targets that the record names, which must be present and obey; and every other
-        floating-point matrix, which must obey if it looks pruned (see the module for the rule).
+        [`AuditReport`]: The targets that the record names and the weights that are expected, which must be present and
+        obey; and every other floating-point matrix, which must obey if it looks pruned (see the module for the rule).
 
     Raises:
         `ValueError`: If there are no safetensors, a file is damaged or missing, or the pattern is invalid.
     """
-    path = Path(path)
-    record = read_record(path)
-    if pattern is None:
-        pattern = record.pattern if record else DEFAULT_PATTERN
-    pattern = parse_pattern(str(pattern))
-    targets = record.targets if record else {}
-    weights, present = [], set()
-    for name, tensor in read_tensors(path):
-        present.add(name)
-        if name not in targets and not (tensor.dim() == 2 and tensor.is_floating_point()):
+    check_expression(expect, "--expect")
+    checkpoint = Checkpoint.find(Path(path))
+    pattern = parse_pattern(str(pattern or checkpoint.pattern or DEFAULT_PATTERN))
+    entries = name_entries(expect)
+    weights, unmet = [], list(entries)
+    for name, tensor, transposed in checkpoint.tensors():
+        known, matrix = transposed is not None, tensor.dim() == 2 and tensor.is_floating_point()
+        if not (known or matrix):
             continue
         if tensor.dtype == _PACKED:
             raise ValueError(
                 f"{name} in {path} is of dtype {tensor.dtype}, which packs two numbers into a byte, so that its zeros "
                 "can't be counted. Audit the checkpoint that it was quantized from."
             )
-        if name in targets:
-            weights.append(_audit_target(name, tensor, targets[name], pattern))
-        else:
-            weights.append(_audit_unknown(name, tensor, pattern))
-    weights += [WeightAudit(name, (), "missing") for name in targets if name not in present]
-    return AuditReport(str(pattern), weights)
+        wanted = [entry for entry in entries if matches(name.removesuffix(".weight"), entry) or matches(name, entry)]
+        unmet = [entry for entry in unmet if entry not in wanted]
+        judged = _audit_target(name, tensor, transposed, pattern) if known else None
+        weights.append(judged or _audit_unknown(name, tensor, pattern, expected=bool(wanted)))
+    unmet = [entry if isinstance(entry, str) else entry[0] for entry in unmet]
+    weights += [WeightAudit(name, (), "missing") for name in [*checkpoint.unseen, *unmet]]
+    note = {None: NO_RECORD, 0: EMPTY_RECORD}.get(checkpoint.recorded, "")
+    if note and entries:
+        note = f"{NO_RECORD if checkpoint.recorded is None else 'its record names no weight'}, and by --expect"
+    return AuditReport(str(pattern), weights, recorded=checkpoint.recorded, note=note, at_least=at_least)
 
 
 def _audit_target(name: str, tensor: torch.Tensor, transposed: bool, pattern: SparsityPattern) -> WeightAudit:
@@ -251,16 +287,16 @@ def _audit_target(name: str, tensor: torch.Tensor, transposed: bool, pattern: Sp
     return WeightAudit(name, shape, "broken" if count else "ok", zeros, broken.numel(), count, transposed)
 
 
-def _audit_unknown(name: str, tensor: torch.Tensor, pattern: SparsityPattern) -> WeightAudit:
-    """Audits a matrix of which nothing is known: whether it should be sparse, and which way round it is stored."""
+def _audit_unknown(name: str, tensor: torch.Tensor, pattern: SparsityPattern, expected: bool = False) -> WeightAudit:
+    """Audits a matrix without a record: whether it should be sparse, and which way round it is stored."""
     shape, zeros = tuple(tensor.shape), int((tensor == 0).sum())
-    if zeros == tensor.numel():
+    if zeros == tensor.numel() and not expected:
         return WeightAudit(name, shape, "all zero", zeros)
-    if not _looks_pruned(tensor, pattern):
+    if not expected and not _looks_pruned(tensor, pattern):
         return WeightAudit(name, shape, "dense", zeros)
     ways = [transposed for transposed in (False, True) if _fits(tensor, pattern, transposed)]
     if not ways:
-        return WeightAudit(name, shape, "odd shape", zeros)
+        return WeightAudit(name, shape, "misfit" if expected else "odd shape", zeros)
     return min((_audit_target(name, tensor, way, pattern) for way in ways), key=lambda audit: audit.broken)
 
 

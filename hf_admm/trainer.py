@@ -89,6 +89,8 @@ class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
         logger.info(f"Pattern {self.args.pattern}:\n{selection.table()}")
         if self.is_world_process_zero():
             print(f"hf_admm: {headline}")
+            if warning := selection.warning():
+                logger.warning(warning)
 
     def select_targets(self) -> TargetSelection:
         """Which weights of the model are pruned by these arguments, and why the others are not."""

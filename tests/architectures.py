@@ -152,8 +152,7 @@ ARCHITECTURES = [
         ],
         {
             "embedding": ["distilbert.embeddings.{word_embeddings,position_embeddings}"],
-            "outside the layers": ["pre_classifier"],
-            "head": ["classifier"],
+            "head": ["pre_classifier", "classifier"],
         },
     ),
     Architecture(

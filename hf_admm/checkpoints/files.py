@@ -19,7 +19,7 @@ RECORD_NAME = "hf_admm.json"
 RECORD_VERSION = 1
 
 # What reading a file and taking its JSON apart may raise. Deep nesting exhausts the stack of the parser.
-_UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
+UNREADABLE = (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError)
 
 
 @dataclass(frozen=True)
@@ -68,7 +68,7 @@ def read_record(path: Path) -> SparsityRecord | None:
                 if type(transposed) is not bool:
                     raise TypeError(f"'transposed' of {name} is {transposed!r}, neither true nor false")
             return SparsityRecord(str(parse_pattern(content["pattern"])), targets)
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(
             f"The sparsity record {file} is damaged ({type(error).__name__}: {error}). Restore it, or remove it to "
             "audit the weights without a record."
@@ -174,7 +174,7 @@ def _shards(index: Path) -> dict[Path, list[str] | None]:
                 raise ValueError(f"{shard!r}, the file of {name}, is not the plain name of a file beside it")
             shards.setdefault(index.parent / shard, []).append(name)
         missing = [shard.name for shard in shards if not shard.is_file()]
-    except _UNREADABLE as error:
+    except UNREADABLE as error:
         raise ValueError(f"The index {index} is damaged ({type(error).__name__}: {error}). Save it again.") from error
     if missing:
         raise ValueError(

@@ -84,12 +84,8 @@ def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
     pattern says, also under ties, in groups of zeros, and with infinities (above numbers) and NaN (above infinities).
 
     Args:
-        tensor (`torch.Tensor` of shape `(out_features, in_features)`):
-            The weight, or `(in_features, out_features)` if `transposed`.
-        pattern ([`SparsityPattern`]):
-            The pattern.
-        transposed (`bool`, *optional*, defaults to `False`):
-            Whether the input dimension comes first.
+        tensor, pattern, transposed:
+            As for [`to_groups`].
 
     Returns:
         `torch.BoolTensor` of the shape of `tensor`: `True` where an entry is kept.
@@ -98,13 +94,13 @@ def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
         `ValueError`: If the pattern does not fit the shape.
     """
     tensor = tensor.detach()
-    _check_fit(tensor, pattern, transposed)
     if isinstance(pattern, DensityPattern) or pattern.group_size > WIDEST_COMPARED:
         groups = to_groups(tensor, pattern, transposed)
         if not groups.numel():
             return torch.zeros_like(tensor, dtype=torch.bool)
         mask = largest_by_threshold(groups, kept_per_group(pattern, groups.shape[1]))
         return from_groups(mask, pattern, tensor.shape, transposed)
+    _check_fit(tensor, pattern, transposed)
     mask = torch.empty(tensor.shape, dtype=torch.bool, device=tensor.device)
     if not mask.numel():
         return mask
@@ -138,12 +134,8 @@ def project(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = F
     The Euclidean projection of a weight on the pattern.
 
     Args:
-        tensor (`torch.Tensor` of shape `(out_features, in_features)`):
-            The weight, or `(in_features, out_features)` if `transposed`.
-        pattern ([`SparsityPattern`]):
-            The pattern.
-        transposed (`bool`, *optional*, defaults to `False`):
-            Whether the input dimension comes first.
+        tensor, pattern, transposed:
+            As for [`to_groups`].
 
     Returns:
         `torch.Tensor` of the shape and dtype of `tensor`, the nearest one that obeys the pattern. Distance has no
@@ -177,12 +169,8 @@ def broken_groups(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
     The groups that hold more non-zero entries than the pattern allows.
 
     Args:
-        tensor (`torch.Tensor` of shape `(out_features, in_features)`):
-            The weight, or `(in_features, out_features)` if `transposed`.
-        pattern ([`SparsityPattern`]):
-            The pattern.
-        transposed (`bool`, *optional*, defaults to `False`):
-            Whether the input dimension comes first.
+        tensor, pattern, transposed:
+            As for [`to_groups`].
 
     Returns:
         `torch.BoolTensor` of shape `(groups,)`.

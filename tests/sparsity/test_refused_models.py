@@ -1,5 +1,7 @@
 """Models that cannot be pruned: quantized ones, and adapters over a frozen base."""
 
+import re
+
 import pytest
 import torch
 from torch import nn
@@ -81,6 +83,48 @@ def test_lora_is_refused_with_the_way_out(include, tiny_bert):
     assert len(names) == 2 * 2 * 2 + 1  # the wrapper does what it should: A and B of four layers, and the classifier
     with pytest.raises(ValueError, match=r"weights of a PEFT/LoRA model are frozen \(14 layers.*merge_and_unload"):
         select_targets(model, PATTERN, include=include)
+
+
+def test_an_adapter_within_a_part_of_the_model_is_seen(tiny_bert):
+    # As Sentence Transformers holds it: the outer module has no mark.
+    model = nn.Sequential(PeftModel(tiny_bert(), ["query"]), nn.Linear(16, 16))
+    with pytest.raises(ValueError, match="base weights of a PEFT/LoRA model are frozen"):
+        select_targets(model, PATTERN)
+
+
+def lora(model):
+    peft = pytest.importorskip("peft")
+    return peft.get_peft_model(model, peft.LoraConfig(target_modules=["query", "value"], r=4))
+
+
+def test_the_advice_word_by_word(tiny_bert):
+    model = lora(tiny_bert())
+    with pytest.raises(ValueError, match="PEFT/LoRA") as error:
+        select_targets(model, PATTERN)
+    scope = {"model": model}
+    for line in re.findall(r"`(model.*?)`", str(error.value)):
+        exec(line, scope)
+    assert len(select_targets(scope["model"], PATTERN).targets) == 12
+
+
+def test_who_forgets_to_unfreeze_is_told_again(tiny_bert):
+    model = lora(tiny_bert()).merge_and_unload()
+    with pytest.raises(ValueError, match=r"model\.requires_grad_\(True\)"):
+        select_targets(model, PATTERN)
+
+
+def test_adapters_in_the_model_itself_and_the_way_out(tiny_bert, tmp_path):
+    """As `add_adapter` and Sentence Transformers leave it: save the adapter, load it by peft, merge, unfreeze."""
+    peft = pytest.importorskip("peft")
+    model = tiny_bert()
+    model.add_adapter(peft.LoraConfig(target_modules=["query", "value"], r=4))
+    outer = nn.Sequential(model, nn.Linear(16, 16))
+    for refused in (model, outer):
+        with pytest.raises(ValueError, match=r"save them and load them with `peft\.PeftModel\.from_pretrained"):
+            select_targets(refused, PATTERN)
+    model.save_pretrained(tmp_path)
+    merged = peft.PeftModel.from_pretrained(tiny_bert(), tmp_path).merge_and_unload().requires_grad_(True)
+    assert len(select_targets(merged, PATTERN).targets) == 12
 
 
 def test_lora_is_refused_even_if_some_layers_are_trained_whole(tiny_bert):

@@ -106,13 +106,13 @@ FAMILIES = {
         {**SMALL, "cls_token_id": 0, "sep_token_id": 0},
         8,
         "model.layers.0.attn.Wqkv",
-        {"head": {"classifier"}, "outside the layers": {"head.dense"}},
+        {"head": {"classifier", "head.dense"}},
     ),
     "BartForSequenceClassification": (
         BART,
         16,
         "model.decoder.layers.0.encoder_attn.out_proj",
-        {"outside the layers": {"classification_head.dense", "classification_head.out_proj"}},
+        {"head": {"classification_head.dense", "classification_head.out_proj"}},
     ),
     "LlamaForSequenceClassification": (SMALL, 14, "model.layers.1.mlp.down_proj", {"head": {"score"}}),
 }
@@ -179,30 +179,21 @@ def test_selecting_leaves_the_model_as_it_was(tiny_bert):
 # ---- Tied and frozen weights ----
 
 
-def test_a_tied_weight_is_not_pruned_even_if_included(tiny_gpt2):
-    selection = select_targets(tiny_gpt2(n_layer=1), PATTERN, include=["lm_head", "c_fc"])
-    assert modules(selection) == ["transformer.h.0.mlp.c_fc"]
-    assert selection.left_out["transformer.wte.weight"][1] == "tied embedding"
-    with pytest.raises(ValueError, match="No layer of GPT2LMHeadModel matched.*1 tied embedding"):
-        select_targets(tiny_gpt2(n_layer=1), PATTERN, include=["lm_head"])
-
-
 def test_two_layers_that_share_a_weight_stay_dense(tiny_bert):
     model = tiny_bert()
     first, second = (layer.attention.self for layer in model.bert.encoder.layer)
     second.query.weight = first.query.weight
-    selection = select_targets(model, PATTERN, include=["query", "key"])
-    assert modules(selection) == [f"bert.encoder.layer.{layer}.attention.self.key" for layer in (0, 1)]
+    selection = select_targets(model, PATTERN)
+    assert len(selection.targets) == 10
     assert reasons(selection)["tied to another module"] == {"bert.encoder.layer.0.attention.self.query.weight"}
 
 
-def test_frozen_parameters_are_not_pruned_even_if_included(tiny_bert):
+def test_frozen_parameters_are_not_pruned(tiny_bert):
     model = tiny_bert()
     model.bert.encoder.layer[0].requires_grad_(False)
-    for include in (None, BERT_LAYER):
-        selection = select_targets(model, PATTERN, include=include)
-        assert modules(selection) == [f"bert.encoder.layer.1.{name}" for name in BERT_LAYER]
-        assert reasons(selection)["frozen"] == {f"bert.encoder.layer.0.{name}.weight" for name in BERT_LAYER}
+    selection = select_targets(model, PATTERN)
+    assert modules(selection) == [f"bert.encoder.layer.1.{name}" for name in BERT_LAYER]
+    assert reasons(selection)["frozen"] == {f"bert.encoder.layer.0.{name}.weight" for name in BERT_LAYER}
 
 
 # ---- The table ----
@@ -229,8 +220,8 @@ def test_the_table_shows_every_matrix_with_its_shape_and_reason(tiny_gpt2):
 
 
 def test_the_summary_of_a_model_that_is_pruned_whole():
-    selection = select_targets(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 2)), PATTERN)
-    assert selection.summary() == "2 weights pruned (40 entries, 100.0% of all matrices); left dense: none"
+    selection = select_targets(nn.Sequential(nn.Linear(8, 4), nn.Linear(4, 8)), PATTERN)
+    assert selection.summary() == "2 weights pruned (64 entries, 100.0% of all matrices); left dense: none"
 
 
 def test_activation_checkpointing_changes_no_name(tiny_bert):
