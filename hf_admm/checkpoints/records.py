@@ -46,8 +46,7 @@ def save_records(
     weights: Mapping[str, torch.Tensor],
     targets: Mapping[str, Target],
     pattern: SparsityPattern,
-    folder: Path,
-    before: Mapping[Path, tuple],
+    before: Mapping[Path, Mapping[Path, tuple]],
 ) -> None:
     """
     Writes what `hf-admm verify` checks against. Nothing needs it to load the model, so that what goes wrong is a
@@ -62,27 +61,28 @@ def save_records(
             The same as targets.
         pattern ([`SparsityPattern`]):
             The pattern that they obey.
-        folder (`Path`):
-            Where it was saved.
-        before (`Mapping[Path, tuple]`):
-            What [`find_weights`] found there before.
+        before (`Mapping[Path, Mapping[Path, tuple]]`):
+            For each folder that it was saved in, what [`find_weights`] found there before.
     """
+    folders = " and ".join(folder.name for folder in before)
     try:
-        places = {path.parent for path, status in find_weights(folder).items() if before.get(path) != status}
+        old = {path: status for found in before.values() for path, status in found.items()}
+        new = {path: status for folder in before for path, status in find_weights(folder).items()}
+        places = {path.parent for path, status in new.items() if old.get(path) != status}
         found = 0
         for place in sorted(places):
             # The few that are saved fused with others are left to verify, which judges them by their zeros.
             keys = saved_names(model, weights, place)
             found += len(keys)
-            if keys or place == folder:
+            if keys or place in before:
                 _write(place, pattern, {key: targets[name].transposed for name, key in keys.items()})
         if not found:
             why = "none of the sparse weights is found in what was saved" if places else f"no {WEIGHTS_NAME} was saved"
-            logger.warning(f"{folder.name} has no sparsity record for hf-admm verify: {why}.")
+            logger.warning(f"{folders} has no sparsity record for hf-admm verify: {why}.")
     except Exception as error:
         logger.warning(
-            f"The sparsity record of {folder.name} could not be written ({type(error).__name__}: {error}). The model there "
-            "is as it was saved; hf-admm verify judges it by its zeros."
+            f"The sparsity record of {folders} could not be written ({type(error).__name__}: {error}). The model "
+            "there is as it was saved; hf-admm verify judges it by its zeros."
         )
 
 

@@ -31,7 +31,8 @@ class SparseCheckpointsMixin:
 
     _staging = False  # Trainer writes a checkpoint beside its place
     _whole_checkpoint = False  # something else writes one, with all that a resume needs
-    _saves = _loads = _loads_best = False  # within these, however many methods call each other
+    _loads = _loads_best = False  # within these, however many methods call each other
+    _saves: dict[Path, dict] | None = None  # the folders of a save, with the weights that were there before
     _owed: set[Path] | None = None  # the folders that a sidecar is due in, when the save is over
     last_checkpoint: Path | None = None  # that this training saved, or went on from
 
@@ -143,28 +144,34 @@ class SparseCheckpointsMixin:
         folder = self._saved_folder(args, kwargs)
         named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) and not self.args.save_only_model
         with self._paying():
-            if not self._staging and (self._whole_checkpoint or named):
-                self._owed.add(folder)
+            due = len(self._owed)
             with self._saving_files(folder):
                 yield
+            # An overridden method may have handed on another folder, which has its sidecar then.
+            if not self._staging and (self._whole_checkpoint or named) and len(self._owed) == due:
+                self._owed.add(folder)
 
     @contextmanager
     def _saving_files(self, *args, **kwargs):
         """Around what writes the files of a model: the weights are sparse, and recorded as such."""
-        if self._saves or self.sparsity.phase is None:
+        if self.sparsity.phase is None:
             yield
             return
-        folder = self._saved_folder(args, kwargs)
-        before = find_weights(folder) if self.args.should_save else {}
-        self._saves = True
+        folder, outermost = self._saved_folder(args, kwargs), self._saves is None
+        self._saves = self._saves or {}
+        if self.args.should_save:
+            self._saves.setdefault(folder, find_weights(folder))
+        if not outermost:
+            yield
+            return
         try:
             with self.sparsity.sparse_weights():
                 yield
                 if self.args.should_save:
                     model, state = self.accelerator.unwrap_model(self.model), self.sparsity
-                    save_records(model, state.weights, state.targets, state.pattern, folder, before)
+                    save_records(model, state.weights, state.targets, state.pattern, self._saves)
         finally:
-            self._saves = False
+            self._saves = None
 
     @contextmanager
     def _saving_optimizer(self, *args, **kwargs):
