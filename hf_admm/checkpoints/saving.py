@@ -14,7 +14,7 @@ from hf_admm.checkpoints.files import RECORD_NAME
 from hf_admm.checkpoints.records import find_weights, save_records
 from hf_admm.checkpoints.saved_names import load_renamed
 from hf_admm.checkpoints.sidecar import check_sidecar, load_sidecar, save_sidecar
-from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, rotate
+from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, publish_rest, rotate
 from hf_admm.training.signatures import GivenArguments, surround
 
 
@@ -69,12 +69,13 @@ class SparseCheckpointsMixin:
         self.accelerator.wait_for_everyone()
         self._staging = True
         try:
-            super()._save_checkpoint(*args, **kwargs)
+            with self._checkpointing(), self._paying():
+                super()._save_checkpoint(*args, **kwargs)
             if self.state.best_global_step:  # Trainer looked for it in the staging folder
                 best = run_dir / checkpoint_name(self.state.best_global_step)
                 if best == final or best.is_dir():
                     self.state.best_model_checkpoint = str(best)
-                if self.args.should_save:
+                if self.args.should_save and staged.is_dir():
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         except BaseException as error:
             if self.args.should_save:
@@ -89,6 +90,7 @@ class SparseCheckpointsMixin:
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             publish(staged, final)
+            publish_rest(run_dir)
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0 and not final.exists():  # another node, with a disk of its own
             publish(staged, final)
@@ -148,7 +150,7 @@ class SparseCheckpointsMixin:
             with self._saving_files(folder):
                 yield
             # An overridden method may have handed on another folder, which has its sidecar then.
-            if not self._staging and (self._whole_checkpoint or named) and len(self._owed) == due:
+            if (self._whole_checkpoint or named) and len(self._owed) == due:
                 self._owed.add(folder)
 
     @contextmanager
