@@ -13,7 +13,7 @@ if (_root / "setup.cfg").is_file() and not (Path(__file__).parent / "callbacks")
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
-    from hf_admm.arguments import ADMMTrainingArguments
+    from hf_admm.arguments import ADMMArgumentsMixin, ADMMTrainingArguments
     from hf_admm.audit import audit_checkpoint
     from hf_admm.inference import accelerate_inference, restore_dense
     from hf_admm.sparsity.patterns import parse_pattern
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from hf_admm.trainer import ADMMTrainer, ADMMTrainerMixin
 
 _HOMES = {
+    "ADMMArgumentsMixin": "arguments",
     "ADMMTrainer": "trainer",
     "ADMMTrainerMixin": "trainer",
     "ADMMTrainingArguments": "arguments",
@@ -35,6 +36,7 @@ _HOMES = {
 }
 
 __all__ = [
+    "ADMMArgumentsMixin",
     "ADMMTrainer",
     "ADMMTrainerMixin",
     "ADMMTrainingArguments",

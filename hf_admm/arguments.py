@@ -1,7 +1,8 @@
 """The flags of sparse fine-tuning."""
 
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
+from functools import wraps
 
 import torch
 from transformers import TrainingArguments
@@ -10,14 +11,20 @@ from hf_admm.pruning.phases import PhaseSettings
 from hf_admm.pruning.schedules import PhasePlan, to_steps
 from hf_admm.sparsity.naming import as_names
 from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
+from hf_admm.training.argument_classes import finish_dataclass, inherit_fields, passes_by
 from hf_admm.validation import DEFAULT_RHO, PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
 
 
-@dataclass
-class ADMMTrainingArguments(TrainingArguments):
+@dataclass(kw_only=True)
+class ADMMArgumentsMixin:
     """
-    [`~transformers.TrainingArguments`] with the flags of sparse fine-tuning. Every one parses from the command line
-    and from YAML.
+    The flags of sparse fine-tuning for any class of arguments, whose own fields and defaults stay as they are. Every
+    flag parses from the command line and from YAML.
+
+    ```python
+    @dataclass
+    class ADMMSFTConfig(ADMMArgumentsMixin, SFTConfig): ...
+    ```
 
     > Parameters that control what is pruned
 
@@ -154,11 +161,36 @@ class ADMMTrainingArguments(TrainingArguments):
         },
     )
 
+    def __new__(cls, *args, **kwargs):
+        finish_dataclass(cls)
+        return super().__new__(cls)
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        inherit_fields(cls)
+        if passes_by(cls, ADMMArgumentsMixin):
+            post_init = cls.__post_init__
+
+            @wraps(post_init)
+            def __post_init__(self):
+                with self._checked():
+                    post_init(self)
+
+            __post_init__.goes_on = True
+            cls.__post_init__ = __post_init__
+
     def __post_init__(self):
-        if self.is_sparse and self.deepspeed:  # before the backend itself asks for packages and devices
+        with self._checked():
+            if after := getattr(super(), "__post_init__", None):
+                after()
+
+    @contextmanager
+    def _checked(self):
+        """What happens before and after the `__post_init__` of the class that this is mixed into."""
+        if self.is_sparse and getattr(self, "deepspeed", None):  # before the backend asks for packages and devices
             raise ValueError(unsupported_backend("DeepSpeed"))
-        super().__post_init__()
-        if self.is_sparse and (self.fsdp_plugin_args or {}).get("fsdp_version") == 1:
+        yield
+        if self.is_sparse and (getattr(self, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 1:
             raise ValueError(unsupported_backend("FSDP1"))
         if isinstance(self.sparsity_pattern, float):
             self.sparsity_pattern = str(self.sparsity_pattern)
@@ -166,7 +198,8 @@ class ADMMTrainingArguments(TrainingArguments):
             if isinstance(value := getattr(self, name), str):  # YAML 1.1 reads 1e-3 as one
                 with suppress(ValueError):
                     setattr(self, name, float(value))
-        self.validate_sparsity()
+        if isinstance(self, TrainingArguments):
+            self.validate_sparsity()
 
     def validate_sparsity(self) -> None:
         """
@@ -236,3 +269,43 @@ class ADMMTrainingArguments(TrainingArguments):
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
         freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
         return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
+
+
+@dataclass
+class ADMMTrainingArguments(ADMMArgumentsMixin, TrainingArguments):
+    """
+    [`~transformers.TrainingArguments`] with the flags of sparse fine-tuning, those of [`ADMMArgumentsMixin`]. Trainers
+    that take arguments of a class of their own need one of that class: mix [`ADMMArgumentsMixin`] into it.
+
+    Raises:
+        `ValueError`: If a flag has a value that is not allowed; the message says which are.
+    """
+
+
+def with_flags(wanted: type[TrainingArguments]) -> type[TrainingArguments]:
+    """
+    A class of arguments with the sparsity flags.
+
+    Args:
+        wanted (`type[TrainingArguments]`):
+            The class of arguments that a trainer takes.
+
+    Returns:
+        `type[TrainingArguments]`: It, if it has them; a class that extends it and can be pickled, if not.
+    """
+    if issubclass(wanted, ADMMArgumentsMixin):
+        return wanted
+    if wanted is TrainingArguments:
+        return ADMMTrainingArguments
+
+    def __reduce__(self):
+        return _restored, (wanted, self.__dict__)
+
+    body = {"__reduce__": __reduce__, "__module__": __name__, "__doc__": f"[`{wanted.__name__}`] with sparsity flags."}
+    return dataclass(type(f"ADMM{wanted.__name__}", (ADMMArgumentsMixin, wanted), body))
+
+
+def _restored(wanted: type[TrainingArguments], state: dict) -> TrainingArguments:
+    args = object.__new__(with_flags(wanted))
+    args.__dict__.update(state)
+    return args

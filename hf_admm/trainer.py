@@ -10,15 +10,17 @@ from torch import nn
 from transformers import Trainer
 from transformers.utils import logging
 
-from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.arguments import ADMMArgumentsMixin, with_flags
 from hf_admm.audit import AuditReport, audit_weights
 from hf_admm.callbacks import MetricsCallback, PhaseCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.pruning.shards import DTensor
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
+from hf_admm.training.argument_classes import arguments_class, wrong_arguments
 from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
 from hf_admm.training.loss_scaling import LossScalingMixin
+from hf_admm.training.signatures import GivenArguments, show_arguments
 from hf_admm.validation import unsupported_backend
 
 
@@ -27,11 +29,15 @@ logger = logging.get_logger(__name__)
 
 class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
     """
-    Sparse fine-tuning for any `Trainer`: mix it in before the trainer class, and pass [`ADMMTrainingArguments`] or a
-    class that extends them.
+    Sparse fine-tuning for any `Trainer`, whatever its signature: mix it in before the trainer class, and pass
+    [`ADMMTrainingArguments`], or, where the trainer has a class of arguments of its own, one that
+    [`ADMMArgumentsMixin`] is mixed into.
 
     ```python
     class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
+
+    @dataclass
+    class ADMMSeq2SeqTrainingArguments(ADMMArgumentsMixin, Seq2SeqTrainingArguments): ...
     ```
 
     Within training, evaluation and every saved model hold weights that obey the pattern; the dense working weights
@@ -39,21 +45,34 @@ class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
     check.
     """
 
-    def __init__(self, model=None, args=None, *positional, **kwargs):
-        if args is None:
-            args = ADMMTrainingArguments(output_dir="tmp_trainer")  # Trainer's own default folder
-        if not hasattr(args, "sparsity_pattern"):
-            raise ValueError(
-                f"{type(self).__name__} got args of type {type(args).__name__}, which have no sparsity flags. Pass "
-                "hf_admm.ADMMTrainingArguments, or a class that extends it."
-            )
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        show_arguments(cls, ADMMTrainerMixin)
+
+    def __init__(self, *positional, **kwargs):
+        given = GivenArguments(type(self), ADMMTrainerMixin, "__init__", positional, kwargs)
+        wanted, only = arguments_class(type(self), ADMMTrainerMixin)
+        args, model = given.get("args"), given.get("model")
+        if args is None and given.takes("args"):
+            args = with_flags(wanted)(output_dir="tmp_trainer")  # Trainer's own default folder
+            given.put("args", args)
+        refusal = wrong_arguments(type(self), args, wanted, ADMMArgumentsMixin)
+        if refusal and (only or not hasattr(args, "sparsity_pattern")):
+            raise ValueError(refusal)
         self.sparsity = ADMMState()
         self.audit: AuditReport | None = None
         self._announced = ""
-        if isinstance(model, nn.Module) and args.is_sparse:  # some trainers take the name of a model
+        if isinstance(model, nn.Module) and getattr(args, "is_sparse", False):  # some trainers take a model's name
             # Before Trainer touches the model, so that bad input is refused with the model as it was.
             select_targets(model, args.pattern, args.include, args.exclude)
-        super().__init__(model, args, *positional, **kwargs)
+        try:
+            super().__init__(*given.args, **given.kwargs)
+        except (TypeError, AttributeError) as error:
+            if refusal:
+                raise ValueError(refusal) from error
+            raise
+        if not hasattr(self.args, "sparsity_pattern"):  # the trainer has made its own
+            raise ValueError(wrong_arguments(type(self), self.args, wanted, ADMMArgumentsMixin))
         self._set_up_sparsity()
 
     def _set_up_sparsity(self) -> None:
@@ -229,15 +248,17 @@ class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
         """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
         if not self.sparsity.targets:
             return super().create_model_card(*args, **kwargs)
-        if len(args) < 3:  # `tags` is the third argument of Trainer's method, and of those of TRL's trainers
-            tags = kwargs.get("tags") or []
+        given = GivenArguments(type(self), ADMMTrainerMixin, "create_model_card", args, kwargs)
+        if given.takes("tags"):
+            tags = given.get("tags") or []
             tags = [tags] if isinstance(tags, str) else list(tags)
             ours = ("hf-admm", "sparsity", str(self.sparsity.weights.pattern))
-            kwargs["tags"] = tags + [tag for tag in ours if tag not in tags]
-        super().create_model_card(*args, **kwargs)
-        if self.is_world_process_zero():
+            given.put("tags", tags + [tag for tag in ours if tag not in tags])
+        super().create_model_card(*given.args, **given.kwargs)
+        path = Path(self.args.output_dir) / "README.md"
+        if self.is_world_process_zero() and path.is_file():
             pattern, held = self.sparsity.weights.pattern, len(self.sparsity.targets)
-            with open(Path(self.args.output_dir) / "README.md", "a", encoding="utf-8") as card:
+            with open(path, "a", encoding="utf-8") as card:
                 card.write(f"\n### Sparsity\n\nEvery group of {held} weights obeys the pattern `{pattern}`.\n")
 
 

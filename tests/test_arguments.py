@@ -9,7 +9,7 @@ import torch
 import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
-from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.arguments import ADMMArgumentsMixin, ADMMTrainingArguments
 from hf_admm.pruning.schedules import RHO_SCHEDULES
 from hf_admm.sparsity.patterns import NMPattern, parse_pattern
 from hf_admm.validation import DEFAULT_RHO
@@ -156,7 +156,7 @@ def test_every_field_explains_itself(field):
     text = field.metadata["help"]
     assert text[0].isupper() and text.endswith(".")
     # And in the docstring, with the default that it has.
-    entry = re.search(rf"\n +{field.name} \((.*)\):\n", ADMMTrainingArguments.__doc__).group(1)
+    entry = re.search(rf"\n +{field.name} \((.*)\):\n", ADMMArgumentsMixin.__doc__).group(1)
     if field.default is None:
         assert entry.endswith("*optional*")
     else:

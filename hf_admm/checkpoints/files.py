@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -119,6 +119,29 @@ def read_names(path: Path) -> set[str]:
         with _open(file) as tensors:
             found.update(names if names is not None else tensors.keys())
     return found
+
+
+def read_some(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, torch.Tensor]]:
+    """
+    Reads some of the tensors of a checkpoint in the order that they are asked for, one in memory at a time.
+
+    Args:
+        path (`Path`):
+            A folder with `model.safetensors` or with an index and its shards, or one `.safetensors` file.
+        keys (`Iterable[str]`):
+            State dict keys of the checkpoint.
+
+    Yields:
+        `tuple[str, torch.Tensor]`: State dict key and tensor.
+
+    Raises:
+        `ValueError`: If there are no safetensors, or a file is damaged or missing.
+    """
+    files = weight_files(path)
+    places = {name: file for file, names in files.items() for name in names or ()}
+    for key in keys:
+        with _open(places.get(key) or next(iter(files))) as tensors:
+            yield key, tensors.get_tensor(key)
 
 
 @contextmanager

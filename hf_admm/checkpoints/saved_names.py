@@ -9,6 +9,7 @@ loads the best model, does not: it finds keys missing, warns, and goes on with t
 import os
 from collections.abc import Mapping
 from functools import reduce
+from itertools import takewhile
 from pathlib import Path
 
 import torch
@@ -17,7 +18,7 @@ from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.utils import logging
 
-from hf_admm.checkpoints.files import read_names
+from hf_admm.checkpoints.files import read_names, read_some
 from hf_admm.pruning.shards import DTensor
 
 
@@ -26,7 +27,8 @@ logger = logging.get_logger(__name__)
 
 def saved_names(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:
     """
-    Under which keys weights are found in a checkpoint.
+    Under which keys weights are found in a checkpoint: their own names, those of the first release of an architecture,
+    or where an inner model was saved alone, as Sentence Transformers and many wrappers do, the rest of their names.
 
     Args:
         model (`nn.Module`):
@@ -41,19 +43,50 @@ def saved_names(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: P
         fused with others.
     """
     saved = read_names(folder)
-    names = {name: name if name in saved else _renamed(model, name, weight) for name, weight in weights.items()}
-    return {name: key for name, key in names.items() if key in saved}
+    names = {name: name for name in weights if name in saved}
+    taken = set(names.values())
+    parts = {prefix: module for prefix, module in model.named_modules() if isinstance(module, PreTrainedModel)}
+    for name, weight in weights.items():
+        if name not in names:
+            key = _renamed(parts, name, weight)
+            key = key if key in saved else _relocated(name, weight, saved - taken, folder)
+            if key is not None:
+                names[name] = key
+                taken.add(key)
+    return {name: names[name] for name in weights if name in names}
 
 
-def _renamed(model: nn.Module, name: str, weight: torch.Tensor) -> str | None:
+def _renamed(parts: Mapping[str, PreTrainedModel], name: str, weight: torch.Tensor) -> str | None:
+    """The key under which the model of transformers that has a weight saves it, be it a part of another model."""
     if isinstance(weight, DTensor):  # one process alone writes the record, and can't compare shards
         return None
-    try:
-        converted = revert_weight_conversion(model, {name: weight.detach()})
-    except Exception:  # whatever its operations raise where they miss the weights that it is fused with
-        return None
-    # The same tensor, neither split nor transposed: the groups are where they were.
-    return next((key for key, tensor in converted.items() if torch.equal(tensor, weight)), None)
+    for prefix, part in parts.items():
+        if prefix and not name.startswith(f"{prefix}."):
+            continue
+        try:
+            converted = revert_weight_conversion(part, {name[len(prefix) :].lstrip("."): weight.detach()})
+        except Exception:  # whatever its operations raise where they miss the weights that it is fused with
+            return None
+        # The same tensor, neither split nor transposed: the groups are where they were.
+        return next((key for key, tensor in converted.items() if torch.equal(tensor, weight)), None)
+    return None
+
+
+def _relocated(name: str, weight: torch.Tensor, keys: set[str], folder: Path) -> str | None:
+    """The key of a weight of an inner model that was saved alone, or in a wrapper: its last parts, and its values."""
+    shared = {key: _shared_parts(name, key) for key in keys}
+    candidates = sorted((key for key in keys if shared[key] > 1), key=lambda key: (-shared[key], len(key), key))
+    sharded = isinstance(weight, DTensor)
+    for key, tensor in read_some(folder, candidates):
+        if tensor.shape == weight.shape and (sharded or torch.equal(tensor, weight.detach().to("cpu", tensor.dtype))):
+            return key
+    return None
+
+
+def _shared_parts(name: str, key: str) -> int:
+    """How many of the last parts of two dotted names are the same."""
+    pairs = zip(reversed(name.split(".")), reversed(key.split(".")), strict=False)
+    return len(list(takewhile(lambda pair: pair[0] == pair[1], pairs)))
 
 
 @torch.no_grad()

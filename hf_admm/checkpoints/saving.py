@@ -1,21 +1,22 @@
 """What the trainer saves and loads: sparse weights that load anywhere, and beside them what an exact resume needs."""
 
-import json
 import os
+import re
 import shutil
+from contextlib import contextmanager
 from pathlib import Path
 
-from torch import nn
 from transformers.trainer import TRAINER_STATE_NAME
-from transformers.trainer_utils import get_last_checkpoint
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 from transformers.utils import logging
 
-from hf_admm.checkpoints.files import RECORD_NAME, RECORD_VERSION
-from hf_admm.checkpoints.saved_names import load_renamed, saved_names
+from hf_admm.checkpoints.files import RECORD_NAME
+from hf_admm.checkpoints.records import find_weights, save_records
+from hf_admm.checkpoints.saved_names import load_renamed
 from hf_admm.checkpoints.sidecar import check_sidecar, load_sidecar, save_sidecar
-from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, rotate
+from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, publish_rest, rotate
 from hf_admm.pruning.phases import Finished
-from hf_admm.version import __version__
+from hf_admm.training.signatures import GivenArguments, surround
 
 
 logger = logging.get_logger(__name__)
@@ -29,29 +30,42 @@ class SparseCheckpointsMixin:
     live in the sidecar. A checkpoint is written beside its place and renamed when it is complete.
     """
 
-    _staging = False
+    _staging = False  # Trainer writes a checkpoint beside its place
+    _whole_checkpoint = False  # something else writes one, with all that a resume needs
+    _loads = _loads_best = False  # within these, however many methods call each other
+    _saves: dict[Path, dict] | None = None  # the folders of a save, with the weights that were there before
+    _owed: set[Path] | None = None  # the folders that a sidecar is due in, when the save is over
     last_checkpoint: Path | None = None  # that this training saved, or went on from
 
-    def train(self, resume_from_checkpoint=None, *args, **kwargs):
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        surround(cls, SparseCheckpointsMixin, _AROUND)
+
+    def train(self, *args, **kwargs):
         self.last_checkpoint = None
+        given = GivenArguments(type(self), SparseCheckpointsMixin, "train", args, kwargs)
         if self.args.is_sparse:
             run_dir = Path(self.args.output_dir)
             empty = clean_up(run_dir) if self.args.should_save else []
             self.accelerator.wait_for_everyone()  # before anyone looks for the last checkpoint
-            if isinstance(resume_from_checkpoint, str | os.PathLike) and Path(resume_from_checkpoint) in empty:
-                given, resume_from_checkpoint = resume_from_checkpoint, get_last_checkpoint(run_dir)
-                logger.warning(f"{given} was never written. Resuming from {resume_from_checkpoint or 'the start'}.")
-        return super().train(resume_from_checkpoint, *args, **kwargs)
+            start = given.get("resume_from_checkpoint")
+            if isinstance(start, str | os.PathLike) and Path(start) in empty:
+                last = get_last_checkpoint(run_dir)
+                given.put("resume_from_checkpoint", last)
+                logger.warning(f"{start} was never written. Resuming from {last or 'the start'}.")
+        return super().train(*given.args, **given.kwargs)
 
     # ---- Save ----
 
-    def _save_checkpoint(self, model, trial) -> None:
+    def _save_checkpoint(self, *args, **kwargs) -> None:
         if not self.args.is_sparse:
-            return super()._save_checkpoint(model, trial)
+            return super()._save_checkpoint(*args, **kwargs)
         with self.sparsity.sparse_weights():
-            self._save_whole(model, trial)
+            self._save_whole(*args, **kwargs)
 
-    def _save_whole(self, model, trial) -> None:
+    def _save_whole(self, *args, **kwargs) -> None:
+        given = GivenArguments(type(self), SparseCheckpointsMixin, "_save_checkpoint", args, kwargs)
+        trial = given.get("trial")
         run_dir = Path(self._get_output_dir(trial))
         final = run_dir / checkpoint_name(self.state.global_step)
         staged = run_dir / STAGING_NAME / final.name
@@ -60,12 +74,13 @@ class SparseCheckpointsMixin:
         self.accelerator.wait_for_everyone()
         self._staging = True
         try:
-            super()._save_checkpoint(model, trial)
+            with self._checkpointing(), self._paying():
+                super()._save_checkpoint(*args, **kwargs)
             if self.state.best_global_step:  # Trainer looked for it in the staging folder
                 best = run_dir / checkpoint_name(self.state.best_global_step)
                 if best == final or best.is_dir():
                     self.state.best_model_checkpoint = str(best)
-                if self.args.should_save:
+                if self.args.should_save and staged.is_dir():
                     self.state.save_to_json(str(staged / TRAINER_STATE_NAME))
         except BaseException as error:
             if self.args.should_save:
@@ -80,6 +95,7 @@ class SparseCheckpointsMixin:
         self.accelerator.wait_for_everyone()  # every process has written its part
         if self.args.should_save:
             publish(staged, final)
+            publish_rest(run_dir)
         self.accelerator.wait_for_everyone()
         if self.args.local_process_index == 0 and not final.exists():  # another node, with a disk of its own
             publish(staged, final)
@@ -90,8 +106,12 @@ class SparseCheckpointsMixin:
             best = self.state.best_model_checkpoint
             rotate(run_dir, self.args.save_total_limit, [final, *([Path(best)] if best else [])])
 
-    def _get_output_dir(self, trial) -> str:
-        run_dir = super()._get_output_dir(trial)
+    def _tune_save_checkpoint(self, *args, **kwargs) -> None:
+        with self._tuning():
+            super()._tune_save_checkpoint(*args, **kwargs)
+
+    def _get_output_dir(self, *args, **kwargs) -> str:
+        run_dir = super()._get_output_dir(*args, **kwargs)
         return os.path.join(run_dir, STAGING_NAME) if self._staging else run_dir
 
     def _push_from_checkpoint(self, checkpoint_folder: str) -> None:
@@ -101,49 +121,118 @@ class SparseCheckpointsMixin:
                 shutil.copy(record, self.args.output_dir)
             super()._push_from_checkpoint(checkpoint_folder)
 
-    def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        with self.sparsity.sparse_weights():
-            super().save_model(output_dir, _internal_call)
+    def save_model(self, *args, **kwargs) -> None:
+        with self._saving(*args, **kwargs):
+            super().save_model(*args, **kwargs)
 
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        super()._save(output_dir, state_dict)
-        if self.args.should_save and self.sparsity.targets:
-            self._save_record(Path(output_dir if output_dir is not None else self.args.output_dir))
+    def _save(self, *args, **kwargs) -> None:
+        with self._saving_files(*args, **kwargs):
+            super()._save(*args, **kwargs)
 
-    def _save_record(self, folder: Path) -> None:
-        """What `hf-admm verify` checks against; nothing needs it to load the model."""
-        # The few that are saved fused with others are left to verify, which judges them by their zeros.
-        weights = self.sparsity.weights
-        keys = saved_names(self.accelerator.unwrap_model(self.model), weights.parameters, folder)
-        record = {
-            "format_version": RECORD_VERSION,
-            "hf_admm_version": __version__,
-            "pattern": str(weights.pattern),
-            "targets": {key: {"transposed": weights.targets[name].transposed} for name, key in keys.items()},
-        }
-        temporary = folder / f"{RECORD_NAME}.tmp"
-        temporary.write_text(json.dumps(record, indent=2) + "\n")
-        os.replace(temporary, folder / RECORD_NAME)
+    def _save_optimizer_and_scheduler(self, *args, **kwargs) -> None:
+        with self._saving_optimizer(*args, **kwargs):
+            super()._save_optimizer_and_scheduler(*args, **kwargs)
 
-    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
-        # Under FSDP, Trainer saves the model once more here, and loads the best model from that file.
-        with self.sparsity.sparse_weights():
-            super()._save_optimizer_and_scheduler(output_dir)
-            if self.sparsity.phase.prunes:
-                save_sidecar(self.sparsity, output_dir, write=self.args.should_save)
+    @contextmanager
+    def _checkpointing(self, *_, whole: bool | None = None, **__):
+        before = self._whole_checkpoint
+        self._whole_checkpoint = not self.args.save_only_model if whole is None else whole
+        try:
+            yield
+        finally:
+            self._whole_checkpoint = before
+
+    def _tuning(self, *_, **__):
+        return self._checkpointing(whole=True)
+
+    @contextmanager
+    def _saving(self, *args, **kwargs):
+        """Around what saves a model. Where it is part of a checkpoint, the sidecar is part of it too."""
+        folder = self._saved_folder(args, kwargs)
+        named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) and not self.args.save_only_model
+        with self._paying():
+            due = len(self._owed)
+            with self._saving_files(folder):
+                yield
+            # An overridden method may have handed on another folder, which has its sidecar then.
+            if (self._whole_checkpoint or named) and len(self._owed) == due:
+                self._owed.add(folder)
+
+    @contextmanager
+    def _saving_files(self, *args, **kwargs):
+        """Around what writes the files of a model: the weights are sparse, and recorded as such."""
+        if not self.sparsity.targets:
+            yield
+            return
+        folder, outermost = self._saved_folder(args, kwargs), self._saves is None
+        self._saves = self._saves or {}
+        if self.args.should_save:
+            self._saves.setdefault(folder, find_weights(folder))
+        if not outermost:
+            yield
+            return
+        try:
+            with self.sparsity.sparse_weights():
+                yield
+                if self.args.should_save:
+                    model, state = self.accelerator.unwrap_model(self.model), self.sparsity
+                    save_records(model, state.weights, self._saves)
+        finally:
+            self._saves = None
+
+    @contextmanager
+    def _saving_optimizer(self, *args, **kwargs):
+        with self._paying():
+            # Under FSDP, Trainer saves the model once more here, and loads the best model from that file.
+            with self.sparsity.sparse_weights():
+                yield
+            self._owed.add(self._saved_folder(args, kwargs))
+
+    @contextmanager
+    def _paying(self):
+        """Writes the sidecars when the outermost of the saves is over."""
+        if self._owed is not None:
+            yield
+            return
+        self._owed = set()
+        try:
+            yield
+            if self.sparsity.phase.prunes and self._owed:
+                with self.sparsity.sparse_weights():  # what an optimizer that swaps weights trains with is aside then
+                    for folder in sorted(self._owed):
+                        save_sidecar(self.sparsity, folder, write=self.args.should_save)
+        finally:
+            self._owed = None
+
+    def _saved_folder(self, args: tuple, kwargs: dict) -> Path:
+        folder = kwargs.get("output_dir", args[0] if args else None)
+        return Path(self.args.output_dir if folder is None else folder)
 
     # ---- Load ----
 
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        if os.path.isdir(resume_from_checkpoint):  # else Trainer's own message is the better one
+    def _load_from_checkpoint(self, *args, **kwargs) -> None:
+        # Of any trainer, with the model or without.
+        checkpoint = GivenArguments(type(self), SparseCheckpointsMixin, "_load_from_checkpoint", args, kwargs).first()
+        if os.path.isdir(checkpoint) and not self._loads_best:  # else Trainer's own message is the better one
             targets = self.select_targets().targets if self.args.is_sparse else {}
-            check_sidecar(resume_from_checkpoint, self.args.pattern, targets)
-        if not self._load_renamed(resume_from_checkpoint):
-            super()._load_from_checkpoint(resume_from_checkpoint, model)
+            check_sidecar(checkpoint, self.args.pattern, targets)
+        if not self._load_renamed(checkpoint):
+            super()._load_from_checkpoint(*args, **kwargs)
 
-    def _load_optimizer_and_scheduler(self, checkpoint: str | None) -> None:
-        super()._load_optimizer_and_scheduler(checkpoint)
-        if checkpoint is not None and self.args.is_sparse:
+    def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
+        with self._loading_optimizer(*args, **kwargs):
+            super()._load_optimizer_and_scheduler(*args, **kwargs)
+
+    @contextmanager
+    def _loading_optimizer(self, *args, **kwargs):
+        """Around the last thing that a resume loads."""
+        outermost, self._loads = not self._loads, True
+        try:
+            yield
+        finally:
+            self._loads = not outermost
+        checkpoint = kwargs.get("checkpoint", args[0] if args else None)
+        if outermost and checkpoint is not None and self.args.is_sparse:
             self.last_checkpoint = Path(checkpoint)
             self.sparsity.reset(self.model, self.args.pattern, self.select_targets())
             self.sparsity.use_optimizer(self.optimizer)
@@ -154,12 +243,21 @@ class SparseCheckpointsMixin:
         sparse = self.args.is_sparse and not self.is_fsdp_enabled
         return sparse and load_renamed(self.accelerator.unwrap_model(self.model), checkpoint)
 
-    def _load_best_model(self) -> None:
-        # Its weights are sparse already, with a mask of their own.
+    def _load_best_model(self, *args, **kwargs) -> None:
+        with self._loading_best_model():
+            if not self._load_renamed(self.state.best_model_checkpoint):
+                super()._load_best_model(*args, **kwargs)
+
+    @contextmanager
+    def _loading_best_model(self, *_, **__):
+        """Around what loads the best model, whose weights are sparse already, with a mask of their own."""
         self.sparsity.restore_dense()
         self.sparsity.swapped.averages()
-        if not self._load_renamed(self.state.best_model_checkpoint):
-            super()._load_best_model()
+        before, self._loads_best = self._loads_best, True
+        try:
+            yield
+        finally:
+            self._loads_best = before
         # If its file is gone, Trainer warns and goes on with the last weights: `on_train_end` prunes those.
         if self.sparsity.phase.prunes and self.sparsity.weights.obey():
             self.sparsity.phase = Finished(self.sparsity.weights)
@@ -168,3 +266,15 @@ class SparseCheckpointsMixin:
         if self.args.is_sparse and self.args.should_save and self.args.save_total_limit == 1:
             if last is not None and last.parent == best.parent == Path(self._get_output_dir(self._trial)):
                 rotate(best.parent, 1, [best])
+
+
+# What surrounds the methods of Trainer that subclasses override, and may override without `super()`.
+_AROUND = {
+    "save_model": "_saving",
+    "_save": "_saving_files",
+    "_save_checkpoint": "_checkpointing",
+    "_tune_save_checkpoint": "_tuning",
+    "_save_optimizer_and_scheduler": "_saving_optimizer",
+    "_load_optimizer_and_scheduler": "_loading_optimizer",
+    "_load_best_model": "_loading_best_model",
+}

@@ -19,7 +19,7 @@ from hf_admm.checkpoints.files import sync
 STAGING_NAME = "_saving"
 # Left by `enable_jit_checkpoint` in an otherwise empty folder when a run is killed during such a save.
 _SENTINEL = "checkpoint-is-incomplete.txt"
-_REPLACED = "replaced-"
+_REPLACED, _DELETED = "replaced-", "deleted-"
 _CHECKPOINT = re.compile(rf"{PREFIX_CHECKPOINT_DIR}-(\d+)")
 
 
@@ -53,9 +53,32 @@ def publish(staged: Path, final: Path) -> None:
     _remove_if_empty(staged.parent)
 
 
+def publish_rest(run_dir: Path) -> None:
+    """
+    Moves to its place what a trainer has written beside the checkpoint, or in a folder that it names itself.
+
+    Args:
+        run_dir (`Path`):
+            The folder that holds the staging folder.
+    """
+    staging = run_dir / STAGING_NAME
+    for entry in list(staging.glob("*")):
+        final = run_dir / entry.name
+        if entry.name.startswith((_REPLACED, _DELETED)):
+            continue
+        if entry.is_dir() and not final.is_dir():
+            publish(entry, final)
+        elif entry.is_dir():
+            shutil.copytree(entry, final, dirs_exist_ok=True)
+            _remove(entry)
+        else:
+            os.replace(entry, final)
+    _remove_if_empty(staging)
+
+
 def delete(folder: Path) -> None:
     """Deletes a checkpoint, which leaves its place as a whole."""
-    doomed = folder.parent / STAGING_NAME / f"deleted-{folder.name}"
+    doomed = folder.parent / STAGING_NAME / (_DELETED + folder.name)
     doomed.parent.mkdir(exist_ok=True)
     _remove(doomed)
     os.replace(folder, doomed)

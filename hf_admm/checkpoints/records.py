@@ -1,0 +1,89 @@
+"""The records of a save: beside each file of weights that it wrote, which of its tensors are sparse."""
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from torch import nn
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+from transformers.utils import logging
+
+from hf_admm.checkpoints.files import INDEX_NAME, RECORD_NAME, RECORD_VERSION, WEIGHTS_NAME
+from hf_admm.checkpoints.saved_names import saved_names
+from hf_admm.checkpoints.staging import STAGING_NAME
+from hf_admm.pruning.weights import PrunedWeights
+from hf_admm.sparsity.patterns import SparsityPattern
+from hf_admm.version import __version__
+
+
+logger = logging.get_logger(__name__)
+
+
+def find_weights(folder: Path) -> dict[Path, tuple]:
+    """
+    The files of weights in a folder and in the folders within it, but not in the checkpoints within it.
+
+    Args:
+        folder (`Path`):
+            The folder; it need not exist.
+
+    Returns:
+        `dict[Path, tuple]`: For each `model.safetensors`, or index of shards, what tells whether it is written anew.
+    """
+    found = {}
+    for place, folders, files in os.walk(folder):
+        folders[:] = [name for name in folders if name != STAGING_NAME and not name.startswith(PREFIX_CHECKPOINT_DIR)]
+        for name in {WEIGHTS_NAME, INDEX_NAME}.intersection(files):
+            status = (Path(place) / name).stat()
+            found[Path(place) / name] = (status.st_mtime_ns, status.st_ino, status.st_size)
+    return found
+
+
+def save_records(model: nn.Module, weights: PrunedWeights, before: Mapping[Path, Mapping[Path, tuple]]) -> None:
+    """
+    Writes what `hf-admm verify` checks against. Nothing needs it to load the model, so that what goes wrong is a
+    warning.
+
+    Args:
+        model (`nn.Module`):
+            The model that was saved, unwrapped.
+        weights ([`PrunedWeights`]):
+            Its sparse weights, as they were saved.
+        before (`Mapping[Path, Mapping[Path, tuple]]`):
+            For each folder that it was saved in, what [`find_weights`] found there before.
+    """
+    folders = " and ".join(folder.name for folder in before)
+    try:
+        old = {path: status for found in before.values() for path, status in found.items()}
+        new = {path: status for folder in before for path, status in find_weights(folder).items()}
+        places = {path.parent for path, status in new.items() if old.get(path) != status}
+        found = 0
+        for place in sorted(places):
+            # The few that are saved fused with others are left to verify, which judges them by their zeros.
+            keys = saved_names(model, weights.parameters, place)
+            found += len(keys)
+            if keys:
+                _write(place, weights.pattern, {key: weights.targets[name].transposed for name, key in keys.items()})
+            else:
+                (place / RECORD_NAME).unlink(missing_ok=True)  # of another model that was saved here
+        if not found:
+            why = "none of the sparse weights is found in what was saved" if places else f"no {WEIGHTS_NAME} was saved"
+            logger.warning(f"{folders} has no sparsity record for hf-admm verify: {why}.")
+    except Exception as error:
+        logger.warning(
+            f"The sparsity record of {folders} could not be written ({type(error).__name__}: {error}). The model "
+            "there is as it was saved; hf-admm verify judges it by its zeros."
+        )
+
+
+def _write(folder: Path, pattern: SparsityPattern, targets: dict[str, bool]) -> None:
+    record = {
+        "format_version": RECORD_VERSION,
+        "hf_admm_version": __version__,
+        "pattern": str(pattern),
+        "targets": {key: {"transposed": transposed} for key, transposed in targets.items()},
+    }
+    temporary = folder / f"{RECORD_NAME}.tmp"
+    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    os.replace(temporary, folder / RECORD_NAME)
