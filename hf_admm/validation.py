@@ -88,11 +88,10 @@ def validate_flags(args) -> None:
     if not args.is_sparse:
         return
     optim = str(getattr(args.optim, "value", args.optim))
-    if optim.startswith("schedule_free") or optim.endswith(("lomo", "layerwise")):
+    if optim.endswith(("lomo", "layerwise")):
         raise ValueError(
-            f"optim={optim!r} is not supported by sparse training: it steps within the backward pass or swaps the "
-            "weights at evaluations, behind the mask's back. Choose another optimizer, or set "
-            "sparsity_pattern='none'."
+            f"optim={optim!r} is not supported by sparse training: it steps within the backward pass, behind the mask's "
+            "back. Choose another optimizer, or set sparsity_pattern='none'."
         )
 
 

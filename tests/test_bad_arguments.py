@@ -131,7 +131,7 @@ def test_attributes_set_later_are_checked_by_validate(name, value, message, argu
         built.validate_sparsity()
 
 
-@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise", "schedule_free_adamw"])
+@pytest.mark.parametrize("optim", ["lomo", "adalomo", "galore_adamw_layerwise"])
 def test_an_optimizer_that_moves_weights_on_its_own(optim, arguments):
     with pytest.raises(ValueError, match=rf"optim='{optim}' is not supported by sparse training.*'none'"):
         arguments(optim=optim)
