@@ -39,19 +39,8 @@ class PhaseCallback(TrainerCallback):
         settings = args.phase_settings(state.max_steps)
         if self.state.resumed:
             self.state.resumed = False
-            now = settings.plan.rho(settings.rho, settings.rho_schedule, state.global_step)
-            if now < self.state.phase.rho:
-                logger.warning(
-                    f"rho is {self.state.phase.rho:g} in the checkpoint and would be {now:g} now. It can't fall "
-                    f"within phase 1, where U is scaled by it: it stays at {self.state.phase.rho:g}."
-                )
+            self.state.phase.resume(state.global_step, settings)
             return
-        plan = settings.plan
-        if settings.rho and 0 < plan.admm_steps <= settings.update_steps:
-            logger.warning(
-                f"Phase 1 has {plan.admm_steps} steps and Z and U are updated every {settings.update_steps}: never. "
-                "Lower admm_update_steps, or train longer."
-            )
         selection = select_targets(model, args.pattern, args.include, args.exclude)
         self.state.reset(model, args.pattern, selection)
         self.state.use_optimizer(optimizer)

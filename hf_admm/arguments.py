@@ -12,7 +12,16 @@ from hf_admm.pruning.schedules import PhasePlan, to_steps
 from hf_admm.sparsity.naming import as_names
 from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
 from hf_admm.training.argument_classes import finish_dataclass, inherit_fields, passes_by
-from hf_admm.validation import DEFAULT_RHO, PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
+from hf_admm.validation import (
+    DEFAULT_DECAY,
+    DEFAULT_INTERVAL,
+    DEFAULT_RHO,
+    DISTANCE_UPDATES,
+    PLAIN_SCHEDULERS,
+    REALS,
+    unsupported_backend,
+    validate_flags,
+)
 
 
 @dataclass(kw_only=True)
@@ -42,18 +51,23 @@ class ADMMArgumentsMixin:
 
         admm_steps (`float`, *optional*, defaults to `0.6`):
             Length of phase 1: a share of the run if below 1, else optimizer steps.
+        admm_penalty (`str`, *optional*):
+            What pulls the weights to the pattern. `"distance"`: after each step, what the projection would prune
+            shrinks by a share that adapts to the length of the phase; nothing is to be tuned. The others are ADMM with
+            its dual variable, in full: `"loss"`, the penalty's exact gradient joins the gradient of the loss, before
+            clipping; `"gradient"`, after it; `"decoupled"`, a proximal step beside the optimizer, as AdamW's decay.
+            `None` takes `"distance"`, or `"loss"` if `admm_rho` is given.
         admm_rho (`float`, *optional*):
             Strength of the penalty. `None` takes the default of `admm_penalty`: 0.01 for `"loss"`, 0.003 for
             `"gradient"`, 10 for `"decoupled"`, where each step moves a weight by about `learning_rate * admm_rho` of
-            its way. `0` trains phase 1 without a penalty.
+            its way, and 16 for `"distance"`, by which the shares of all steps add up to it: what the loss leaves alone
+            shrinks to `exp(-admm_rho)` of its size. `0` trains phase 1 without a penalty.
         admm_rho_schedule (`str`, *optional*, defaults to `"constant"`):
-            How rho grows to `admm_rho` over phase 1: `"constant"`, `"linear"`, `"cosine"` or `"exponential"`.
-        admm_update_steps (`int`, *optional*, defaults to `64`):
-            Optimizer steps between two updates of Z and U.
-        admm_penalty (`str`, *optional*, defaults to `"loss"`):
-            Where the penalty enters. `"loss"`: its exact gradient joins the gradient of the loss, before clipping.
-            `"gradient"`: the same after clipping. `"decoupled"`: a proximal step beside the optimizer, as AdamW's
-            decay.
+            How rho grows to `admm_rho` over phase 1: `"constant"`, `"linear"`, `"cosine"` or `"exponential"`. Not for
+            `"distance"`, whose share rises over the first half of the phase.
+        admm_update_steps (`int`, *optional*):
+            Optimizer steps between two updates of the mask, or of Z and U. `None` takes a 24th of phase 1 for
+            `"distance"`, 64 for the others.
 
         admm_state_dtype (`str`, *optional*, defaults to `"float32"`):
             Dtype of phase 1's state, one tensor of the size of the pruned weights. `"bfloat16"` halves it, and rounds
@@ -68,8 +82,9 @@ class ADMMArgumentsMixin:
 
         srste_mask (`str`, *optional*, defaults to `"dynamic"`):
             `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1.
-        srste_decay (`float`, *optional*, defaults to `2e-4`):
-            SR-STE's lambda: the decay of the pruned weights, added to their gradient.
+        srste_decay (`float`, *optional*):
+            SR-STE's lambda: the decay of the pruned weights, added to their gradient. `None` takes 2e-4, but after
+            `"distance"`, where pruned weights shrink on by the share of phase 1's end.
         srste_lr_multiplier (`float`, *optional*, defaults to `1.0`):
             Peak learning rate of phase 2, as a multiple of the optimizer's (`learning_rate`, or that of an optimizer
             of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense
@@ -108,22 +123,27 @@ class ADMMArgumentsMixin:
     admm_rho: float | None = field(
         default=None,
         metadata={
-            "help": "Strength of the penalty. By default 0.01 for admm_penalty 'loss', 0.003 for 'gradient', 10 for "
-            "'decoupled'."
+            "help": "Strength of the penalty. By default 16 for admm_penalty 'distance', 0.01 for 'loss', 0.003 for "
+            "'gradient', 10 for 'decoupled'."
         },
     )
     admm_rho_schedule: str = field(
         default="constant",
         metadata={"help": "How rho grows to admm_rho over phase 1: 'constant', 'linear', 'cosine' or 'exponential'."},
     )
-    admm_update_steps: int = field(
-        default=64, metadata={"help": "Optimizer steps between two updates of Z and U in phase 1."}
-    )
-    admm_penalty: str = field(
-        default="loss",
+    admm_update_steps: int | None = field(
+        default=None,
         metadata={
-            "help": "Where the penalty enters: 'loss' (before gradient clipping), 'gradient' (after it) or "
-            "'decoupled' (a proximal step beside the optimizer)."
+            "help": "Optimizer steps between two updates of the mask, or of Z and U, in phase 1. By default a 24th of "
+            "the phase for admm_penalty 'distance', 64 for the others."
+        },
+    )
+    admm_penalty: str | None = field(
+        default=None,
+        metadata={
+            "help": "What pulls the weights to the pattern: 'distance' (shrinks what would be pruned), or ADMM's "
+            "penalty in the 'loss' (before gradient clipping), the 'gradient' (after it) or 'decoupled' (a proximal "
+            "step beside the optimizer). By default 'distance', or 'loss' if admm_rho is given."
         },
     )
     admm_state_dtype: str = field(
@@ -145,8 +165,12 @@ class ADMMArgumentsMixin:
         default="dynamic",
         metadata={"help": "Mask of phase 2: 'dynamic' (follows the weights) or 'fixed' (frozen at the switch)."},
     )
-    srste_decay: float = field(
-        default=2e-4, metadata={"help": "Decay of the pruned weights in phase 2, SR-STE's lambda."}
+    srste_decay: float | None = field(
+        default=None,
+        metadata={
+            "help": "Decay of the pruned weights in phase 2, SR-STE's lambda. By default 2e-4; after admm_penalty "
+            "'distance' they shrink on as at its end."
+        },
     )
     srste_lr_multiplier: float = field(
         default=1.0, metadata={"help": "Peak learning rate of phase 2, as a multiple of learning_rate."}
@@ -226,8 +250,13 @@ class ADMMArgumentsMixin:
 
     @property
     def rho(self) -> float:
-        """`admm_rho`, or the default of `admm_penalty`."""
-        return DEFAULT_RHO[self.admm_penalty] if self.admm_rho is None else self.admm_rho
+        """`admm_rho`, or the default of the penalty."""
+        return DEFAULT_RHO[self.penalty] if self.admm_rho is None else self.admm_rho
+
+    @property
+    def penalty(self) -> str:
+        """`admm_penalty`, or what is taken for it."""
+        return self.admm_penalty or ("distance" if self.admm_rho is None else "loss")
 
     @property
     def include(self) -> list[str] | str | None:
@@ -246,13 +275,18 @@ class ADMMArgumentsMixin:
         Raises:
             `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
         """
+        plan, decay, interval = self.phase_plan(max_steps), self.srste_decay, DEFAULT_INTERVAL
+        if self.penalty == "distance":
+            interval = max(1, plan.admm_steps // DISTANCE_UPDATES)
+        if decay is None and not (self.penalty == "distance" and plan.admm_steps and self.rho):
+            decay = DEFAULT_DECAY
         return PhaseSettings(
-            plan=self.phase_plan(max_steps),
+            plan=plan,
             rho=self.rho,
             rho_schedule=self.admm_rho_schedule,
-            update_steps=self.admm_update_steps,
-            penalty=self.admm_penalty,
-            decay=self.srste_decay,
+            update_steps=self.admm_update_steps or interval,
+            penalty=self.penalty,
+            decay=decay,
             mask_update_steps=self.mask_update_steps,
             state_dtype=getattr(torch, self.admm_state_dtype),
             offload=self.admm_state_offload,

@@ -6,7 +6,10 @@ from hf_admm.pruning.schedules import RHO_SCHEDULES
 
 
 # Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
-DEFAULT_RHO = {"loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
+DEFAULT_RHO = {"distance": 16.0, "loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
+# Updates of the mask in a phase 1 of the penalty `distance`; steps between those of Z and U for the others.
+DISTANCE_UPDATES, DEFAULT_INTERVAL = 24, 64
+DEFAULT_DECAY = 2e-4  # SR-STE's lambda, as published
 MASK_MODES = ("dynamic", "fixed")
 STATE_DTYPES = ("float32", "bfloat16")
 # Those that need no lr_scheduler_kwargs, and end when they are told to.
@@ -44,13 +47,13 @@ def validate_flags(args) -> None:
         ("admm_lr_scheduler_type", PLAIN_SCHEDULERS),
     ):
         value = getattr(args, name)
-        if value is None and name == "admm_lr_scheduler_type":
+        if value is None and name in ("admm_lr_scheduler_type", "admm_penalty"):
             continue
         if not (isinstance(value, str) and value in allowed):
             raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
     for name in REALS:
         value = getattr(args, name)
-        if value is None and name == "admm_rho":
+        if value is None and name in ("admm_rho", "srste_decay"):
             continue
         least = _LEAST_RHO if name == "admm_rho" else 0
         if not (_is(Real, value) and (value == 0 or least <= value <= _MOST)):
@@ -64,6 +67,8 @@ def validate_flags(args) -> None:
         )
     for name in ("admm_update_steps", "mask_update_steps"):
         value = getattr(args, name)
+        if value is None and name == "admm_update_steps":
+            continue
         if not (_is(Integral, value) and 1 <= value <= _LONGEST):
             raise ValueError(
                 f"{name}={_shown(value)} is not allowed: it is an interval, give a whole number of at least 1 "
@@ -90,8 +95,8 @@ def validate_flags(args) -> None:
     optim = str(getattr(args.optim, "value", args.optim))
     if optim.endswith(("lomo", "layerwise")):
         raise ValueError(
-            f"optim={optim!r} is not supported by sparse training: it steps within the backward pass, behind the mask's "
-            "back. Choose another optimizer, or set sparsity_pattern='none'."
+            f"optim={optim!r} is not supported by sparse training: it steps within the backward pass, behind the "
+            "mask's back. Choose another optimizer, or set sparsity_pattern='none'."
         )
 
 

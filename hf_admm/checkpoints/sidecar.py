@@ -246,7 +246,9 @@ def _check_values(path: Path, file, weights: PrunedWeights) -> None:
         if kind == "mask":
             mask = unpack_mask(tensor, torch.Size(weights.targets[name].shape))
             groups = to_groups(mask, weights.pattern, weights.targets[name].transposed)
-            if (groups.sum(dim=1) != kept_per_group(weights.pattern, groups.shape[1])).any():
+            # Early in phase 1 a mask may keep more than the pattern does, the same in each group.
+            kept = groups.sum(dim=1)
+            if (kept != kept[:1]).any() or (kept < kept_per_group(weights.pattern, groups.shape[1])).any():
                 raise _damaged(path, f"{key} breaks pattern {weights.pattern}")
         elif tensor.numel() and not torch.stack(tensor.aminmax()).isfinite().all():
             diverged.append(key)

@@ -5,12 +5,16 @@ Z can be read off it.
 """
 
 import torch
+from transformers.utils import logging
 
 from hf_admm.pruning.phases import Phase
 from hf_admm.pruning.shards import gather, scatter, shard_count, straddles
 from hf_admm.pruning.updates import dual_step, proximal_step, residuals, squared_distance
 from hf_admm.sparsity.chunks import tensor_work
 from hf_admm.sparsity.projections import zero_outside
+
+
+logger = logging.get_logger(__name__)
 
 
 class ADMM(Phase):
@@ -22,6 +26,11 @@ class ADMM(Phase):
     def begin(self, step, before):
         """Z = Pi(W) and U = 0, so T = Pi(W)."""
         plan = self.settings.plan
+        if self.settings.rho and plan.admm_steps <= self.settings.update_steps:
+            logger.warning(
+                f"Phase 1 has {plan.admm_steps} steps and Z and U are updated every {self.settings.update_steps}: "
+                "never. Lower admm_update_steps, or train longer."
+            )
         self.rho = plan.rho(self.settings.rho, self.settings.rho_schedule, step)
         kept = {name: self._start(name).count_nonzero() for name in self.weights.parameters}
         self.figures = {"sparsity": 1 - self.weights.share(kept).item()}
@@ -34,6 +43,14 @@ class ADMM(Phase):
 
     def adopt(self, name):
         self._start(name)
+
+    def resume(self, step, settings):
+        now = settings.plan.rho(settings.rho, settings.rho_schedule, step)
+        if now < self.rho:
+            logger.warning(
+                f"rho is {self.rho:g} in the checkpoint and would be {now:g} now. It can't fall within phase 1, where "
+                f"U is scaled by it: it stays at {self.rho:g}."
+            )
 
     def is_over(self, step, settings):
         return step >= settings.plan.admm_steps

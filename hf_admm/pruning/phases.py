@@ -25,8 +25,8 @@ class PhaseSettings:
             The steps of each phase.
         rho (`float`), rho_schedule (`str`), update_steps (`int`), penalty (`str`):
             `admm_rho` and the other flags of phase 1.
-        decay (`float`), mask_update_steps (`int`):
-            `srste_decay` and the other flags of phase 2.
+        decay (`float`, *optional*), mask_update_steps (`int`):
+            `srste_decay` and the other flags of phase 2. `None`: pruned entries shrink on as at the end of phase 1.
         state_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
             Dtype of the anchors of phase 1. The dual variable adds up small differences, which bfloat16 rounds.
         offload (`bool`, *optional*, defaults to `False`):
@@ -38,7 +38,7 @@ class PhaseSettings:
     rho_schedule: str
     update_steps: int
     penalty: str
-    decay: float
+    decay: float | None
     mask_update_steps: int
     state_dtype: torch.dtype = torch.float32
     offload: bool = False
@@ -71,6 +71,9 @@ class Phase:
 
     def begin(self, step: int, before: "Phase") -> None:
         """Sets up what the phase keeps, once `step` optimizer steps are done and another phase is over."""
+
+    def resume(self, step: int, settings: PhaseSettings) -> None:
+        """Goes on from what was restored, with the settings of this run."""
 
     def is_over(self, step: int, settings: PhaseSettings) -> bool:
         """Whether the next phase should begin before the next step."""

@@ -42,6 +42,25 @@ class PhasePlan:
         """Lengths of the phases that exist."""
         return [steps for steps in (self.admm_steps, self.max_steps - self.admm_steps) if steps]
 
+    def shrinkage(self, total: float, step: int) -> float:
+        """
+        By what share the penalty of phase 1 shrinks a pruned entry after step `step`, relative to what is left of it.
+
+        It rises over the first half of the phase, and stays: what it is then, W is near the pattern, and trains there.
+
+        Args:
+            total (`float`):
+                The sum over the phase.
+            step (`int`):
+                Optimizer steps done.
+        """
+        progress = (step + 1) / max(1, self.admm_steps)
+        return total / max(1, self.admm_steps) * 2 * _cosine(min(1.0, 2 * progress)) / 1.5
+
+    def stage_progress(self, step: int) -> float:
+        """How far the way to the final pattern is gone: it ends with the first half of phase 1."""
+        return min(1.0, 2 * step / max(1, self.admm_steps))
+
     def rho(self, admm_rho: float, schedule: str, step: int) -> float:
         """
         The penalty's strength from `step` on.

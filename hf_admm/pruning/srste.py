@@ -5,19 +5,23 @@ entry.
 """
 
 import torch
+from transformers.utils import logging
 
-from hf_admm.pruning.phases import Phase
-from hf_admm.pruning.shards import DTensor, gather, scatter
-from hf_admm.pruning.updates import squared_outside
+from hf_admm.pruning.masked import MaskedPhase
 from hf_admm.sparsity.chunks import tensor_work
-from hf_admm.sparsity.masks import count_flips, pack_mask, unpack_mask
 from hf_admm.sparsity.projections import zero_outside
 
 
-class SRSTE(Phase):
+logger = logging.get_logger(__name__)
+
+# Of the norm of the weights, this much may be cut off at the switch: more is a phase 1 that has not converged.
+_SMALL_RESIDUAL = 0.05
+
+
+class SRSTE(MaskedPhase):
     """Masks before the forward pass, W back before the optimizer's step; the mask follows W until it is frozen."""
 
-    name, number, prunes, companion = "srste", 2, True, "mask"
+    name, number, prunes = "srste", 2, True
 
     def __init__(self, weights, settings=None):
         super().__init__(weights, settings)
@@ -28,30 +32,29 @@ class SRSTE(Phase):
         """M is the mask of Pi(W), and the anchors of phase 1 become room for W."""
         kept = {}
         for name, part in self.weights.local():
-            kept[name] = self._start(name).count_nonzero()
+            kept[name] = self.renew(name)[0].count_nonzero()
             anchor = before.companions.pop(name, None)
             fits = anchor is not None and before.companion == "anchor" and anchor.dtype == part.dtype
             self.rooms[name] = anchor if fits else self.room(part, part.dtype)
         self.figures = {"sparsity": 1 - self.weights.share(kept).item()}
-        self.updated_at = step
-
-    def _start(self, name: str) -> torch.Tensor:
-        mask = self.weights.projection_mask(name)
-        self.companions[name] = pack_mask(mask)
-        return mask
+        self.rho, self.updated_at = before.rho, step
+        if before.prunes:
+            self.figures["switch_residual"] = self.residual()
+            if before.rho and self.figures["switch_residual"] > _SMALL_RESIDUAL:
+                logger.warning(
+                    f"At the switch to phase 2, {self.figures['switch_residual']:.1%} of the norm of the pruned "
+                    f"weights is cut off: phase 1 has not converged (at most {_SMALL_RESIDUAL:.0%} is good). Give it "
+                    "more steps (admm_steps, num_train_epochs), a higher admm_rho, or admm_penalty='distance'."
+                )
 
     def adopt(self, name):
+        super().adopt(name)
         part = self.local_part(name)
         self.rooms[name] = self.room(part, part.dtype)
-        self._start(name)
 
     def drop(self, name):
         super().drop(name)
         self.rooms.pop(name, None)
-
-    def mask(self, name: str) -> torch.Tensor:
-        """M for this process's part of a weight."""
-        return unpack_mask(self.companions[name], self.local_part(name).shape)
 
     def before_forward(self, step, settings):
         plan = settings.plan
@@ -76,9 +79,7 @@ class SRSTE(Phase):
             if refresh_at is None:
                 mask = self.mask(name)
             else:
-                mask = weights.projection_mask(name)
-                old, self.companions[name] = self.companions[name], pack_mask(mask)
-                flips[name] = count_flips(self.companions[name], old)
+                mask, flips[name] = self.renew(name)
             weights.put_aside(name, self.rooms[name])
             zero_outside(part, mask)
         if refresh_at is not None:
@@ -96,15 +97,17 @@ class SRSTE(Phase):
             self.weights.put_back(name)
         return 0.0
 
+    def after_step(self, settings, rates):
+        if settings.decay is None:  # as at the end of phase 1
+            self.shrink(self.rho)
+
     def pull(self, name, strength):
         """Towards M * W, which the model holds."""
         self.weights.pull(name, self.local_part(name), strength)
 
-    @tensor_work
     def penalty(self, settings):
         """`lambda / 2 * ||(1 - M) * W||^2`."""
-        squares = {name: squared_outside(part, self.mask(name)) for name, part in self.weights.dense()}
-        return 0.5 * settings.decay * self.weights.total(squares).item()
+        return 0.5 * (self.rho if settings.decay is None else settings.decay) * self.outside()
 
     def room_aside(self, name):
         return self.rooms[name]
@@ -117,17 +120,7 @@ class SRSTE(Phase):
 
     end = sparsify
 
-    def whole_companion(self, name, part):
-        parameter = self.weights.parameters[name]
-        if not isinstance(parameter, DTensor):
-            return part
-        return pack_mask(gather(self.mask(name), parameter))  # packed by process, so the whole is packed anew
-
     def restore(self, name, whole):
-        parameter, part = self.weights.parameters[name], self.local_part(name)
-        packed = whole.to(part.device)
-        if isinstance(parameter, DTensor):
-            packed = pack_mask(scatter(unpack_mask(packed, parameter.shape), parameter))
-        # A copy: what safetensors gives on a CPU is the file itself, mapped, and would change with it.
-        self.companions[name] = packed.clone()
+        super().restore(name, whole)
+        part = self.local_part(name)
         self.rooms[name] = self.room(part, part.dtype)

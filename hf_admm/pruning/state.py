@@ -8,6 +8,7 @@ from torch import nn
 from transformers.utils import logging
 
 from hf_admm.pruning.admm import ADMM
+from hf_admm.pruning.distance import Distance
 from hf_admm.pruning.phases import Finished, Phase, PhaseSettings
 from hf_admm.pruning.srste import SRSTE
 from hf_admm.pruning.swapping import SwappedParameters, unwrapped
@@ -20,13 +21,15 @@ from hf_admm.sparsity.targets import FROZEN, Target, TargetSelection, named_para
 logger = logging.get_logger(__name__)
 
 # What can be resumed, by the name in the sidecar.
-PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, SRSTE)}
-FOLLOWS: dict[type[Phase], type[Phase]] = {ADMM: SRSTE}
+PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, Distance, SRSTE)}
+FOLLOWS: dict[type[Phase], type[Phase]] = {ADMM: SRSTE, Distance: SRSTE}
 
 
 def first_phase(settings: PhaseSettings) -> type[Phase]:
     """The phase that a run of these settings begins with."""
-    return ADMM if settings.plan.admm_steps else SRSTE
+    if not settings.plan.admm_steps:
+        return SRSTE
+    return Distance if settings.penalty == "distance" else ADMM
 
 
 class ADMMState:

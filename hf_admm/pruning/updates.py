@@ -112,6 +112,31 @@ def squared_distance(weight: torch.Tensor, anchor: torch.Tensor) -> torch.Tensor
     return squares
 
 
+def shrink_outside(weight: torch.Tensor, mask: torch.Tensor, share: float) -> None:
+    """
+    The exact minimiser of `share / 2 * ||(1 - M) * X||^2 + 1 / 2 * ||X - W||^2`, in place: entries outside of the mask
+    lose `share / (1 + share)` of their size.
+
+    Args:
+        weight (`torch.Tensor`):
+            W.
+        mask (`torch.BoolTensor`):
+            M, of its shape.
+        share (`float`):
+            The strength of the penalty times the step size.
+    """
+    for w, kept in row_chunks(weight, mask):
+        w.mul_(kept.to(w.dtype).mul_(share).add_(1.0).div_(1.0 + share))
+
+
+def squared_norm(weight: torch.Tensor) -> torch.Tensor:
+    """`||W||^2`, as a scalar tensor in float64."""
+    squares = torch.zeros((), dtype=torch.float64, device=weight.device)
+    for (w,) in row_chunks(weight):
+        squares += w.square().sum()
+    return squares
+
+
 def squared_outside(weight: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
     """`||(1 - M) * W||^2`, as a scalar tensor in float64."""
     squares = torch.zeros((), dtype=torch.float64, device=weight.device)

@@ -146,12 +146,13 @@ class PrunedWeights:
 
     # ---- What phases do with them ----
 
-    def projection_mask(self, name: str) -> torch.Tensor:
+    def projection_mask(self, name: str, pattern: SparsityPattern | None = None) -> torch.Tensor:
         """The mask of Pi(W) for this process's part of a weight, with what the model holds as W."""
         parameter, transposed = self.parameters[name].detach(), self.targets[name].transposed
-        if straddles(parameter, self.pattern, transposed):
-            return scatter(sparsity_mask(parameter.full_tensor(), self.pattern, transposed), parameter)
-        return sparsity_mask(local(parameter), self.pattern, transposed)
+        pattern = pattern or self.pattern
+        if straddles(parameter, pattern, transposed):
+            return scatter(sparsity_mask(parameter.full_tensor(), pattern, transposed), parameter)
+        return sparsity_mask(local(parameter), pattern, transposed)
 
     @tensor_work
     def project(self) -> None:

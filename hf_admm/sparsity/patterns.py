@@ -11,7 +11,7 @@ each group may be non-zero. `N` and `K` always count the entries that are **kept
 """
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 ALLOWED_PATTERNS = (
@@ -26,6 +26,20 @@ _NUMBER = r"([0-9]{1,18})"
 
 def _invalid(given: str, reason: str) -> ValueError:
     return ValueError(f"Invalid sparsity pattern {given!r}: {reason}. Allowed: {ALLOWED_PATTERNS}.")
+
+
+def _stage(progress: float) -> float:
+    """The share of what is pruned in the end, in three steps."""
+    return min(3, int(3 * progress) + 1) / 3
+
+
+def _kept_at(kept: int, size: int, progress: float) -> int:
+    """
+    Entries to keep in a group on the way to `kept` of `size`. Groups that keep half or more have no way to go. Of
+    others a third of what is to go goes at a time, so that the loss is asked again which entries matter: `1:4` by way
+    of `3:4` and `2:4`.
+    """
+    return kept if 2 * kept >= size else size - round((size - kept) * _stage(progress))
 
 
 @dataclass(frozen=True)
@@ -59,6 +73,10 @@ class NMPattern:
     def density(self) -> float:
         """Share of the entries that may be non-zero."""
         return self.kept / self.group_size
+
+    def stage(self, progress: float) -> "NMPattern":
+        """What to keep on the way to this pattern, `progress` of it gone: see [`_kept_at`]."""
+        return replace(self, kept=_kept_at(self.kept, self.group_size, progress))
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Why the pattern does not fit a weight of that shape, or `None` if it does."""
@@ -109,6 +127,10 @@ class BlockPattern:
         """Share of the entries that may be non-zero."""
         return self.kept / self.group_size
 
+    def stage(self, progress: float) -> "BlockPattern":
+        """What to keep on the way to this pattern, `progress` of it gone: see [`_kept_at`]."""
+        return replace(self, kept=_kept_at(self.kept, self.group_size, progress))
+
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """Why the pattern does not fit a weight of that shape, or `None` if it does."""
         reasons = []
@@ -144,6 +166,10 @@ class DensityPattern:
     def kept_of(self, size: int) -> int:
         """Entries kept in a weight of `size` entries: the rounded share, at least one if there are any."""
         return min(size, max(1, round(self.density * size)))
+
+    def stage(self, progress: float) -> "DensityPattern":
+        """What to keep on the way to this pattern, `progress` of it gone: see [`_kept_at`]."""
+        return self if self.density >= 0.5 else replace(self, density=1 - (1 - self.density) * _stage(progress))
 
     def misfit(self, out_features: int, in_features: int) -> str | None:
         """`None`: a density fits every shape."""
