@@ -4,28 +4,15 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
 
-import torch
 from transformers import TrainingArguments
 
-from hf_admm.pruning.phases import PhaseSettings
-from hf_admm.pruning.schedules import PhasePlan, to_steps
-from hf_admm.sparsity.naming import as_names
-from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
 from hf_admm.training.argument_classes import finish_dataclass, inherit_fields, passes_by
-from hf_admm.validation import (
-    DEFAULT_DECAY,
-    DEFAULT_INTERVAL,
-    DEFAULT_RHO,
-    DISTANCE_UPDATES,
-    PLAIN_SCHEDULERS,
-    REALS,
-    unsupported_backend,
-    validate_flags,
-)
+from hf_admm.training.derived_flags import DerivedFlags
+from hf_admm.validation import PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
 
 
 @dataclass(kw_only=True)
-class ADMMArgumentsMixin:
+class ADMMArgumentsMixin(DerivedFlags):
     """
     The flags of sparse fine-tuning for any class of arguments, whose own fields and defaults stay as they are. Every
     flag parses from the command line and from YAML.
@@ -49,7 +36,7 @@ class ADMMArgumentsMixin:
 
         > Parameters that control phase 1, ADMM
 
-        admm_steps (`float`, *optional*, defaults to `0.6`):
+        admm_steps (`float`, *optional*, defaults to `0.5`):
             Length of phase 1: a share of the run if below 1, else optimizer steps.
         admm_penalty (`str`, *optional*):
             What pulls the weights to the pattern. `"distance"`: after each step, what the projection would prune
@@ -85,10 +72,11 @@ class ADMMArgumentsMixin:
         srste_decay (`float`, *optional*):
             SR-STE's lambda: the decay of the pruned weights, added to their gradient. `None` takes 2e-4, but after
             `"distance"`, where pruned weights shrink on by the share of phase 1's end.
-        srste_lr_multiplier (`float`, *optional*, defaults to `1.0`):
+        srste_lr_multiplier (`float`, *optional*):
             Peak learning rate of phase 2, as a multiple of the optimizer's (`learning_rate`, or that of an optimizer
             of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense
-            network. An absolute floor (`min_lr`, `lr_end`) is not multiplied.
+            network. `None` takes 2 after `"distance"`, 1 after the others. An absolute floor (`min_lr`, `lr_end`) is
+            not multiplied.
         mask_update_steps (`int`, *optional*, defaults to `1`):
             Optimizer steps between two updates of the mask.
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
@@ -117,7 +105,7 @@ class ADMMArgumentsMixin:
         metadata={"help": "Names of the modules to leave dense: suffixes, or one regular expression."},
     )
     admm_steps: float = field(
-        default=0.6,
+        default=0.5,
         metadata={"help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps."},
     )
     admm_rho: float | None = field(
@@ -172,8 +160,12 @@ class ADMMArgumentsMixin:
             "'distance' they shrink on as at its end."
         },
     )
-    srste_lr_multiplier: float = field(
-        default=1.0, metadata={"help": "Peak learning rate of phase 2, as a multiple of learning_rate."}
+    srste_lr_multiplier: float | None = field(
+        default=None,
+        metadata={
+            "help": "Peak learning rate of phase 2, as a multiple of learning_rate. By default 2 for admm_penalty "
+            "'distance', 1 for the others."
+        },
     )
     mask_update_steps: int = field(
         default=1, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
@@ -236,73 +228,6 @@ class ADMMArgumentsMixin:
         validate_flags(self)
         if self.is_sparse and self.max_steps > 0:
             self.phase_plan(self.max_steps)
-
-    @property
-    def is_sparse(self) -> bool:
-        """Whether anything is pruned, that is `sparsity_pattern` is not `"none"`."""
-        return not (isinstance(self.sparsity_pattern, str) and self.sparsity_pattern.strip().lower() == "none")
-
-    # Derived values are properties: a hyperparameter search changes the fields after `__post_init__`.
-    @property
-    def pattern(self) -> SparsityPattern | None:
-        """The parsed `sparsity_pattern`, `None` for `"none"`."""
-        return parse_pattern(self.sparsity_pattern) if self.is_sparse else None
-
-    @property
-    def rho(self) -> float:
-        """`admm_rho`, or the default of the penalty."""
-        return DEFAULT_RHO[self.penalty] if self.admm_rho is None else self.admm_rho
-
-    @property
-    def penalty(self) -> str:
-        """`admm_penalty`, or what is taken for it."""
-        return self.admm_penalty or ("distance" if self.admm_rho is None else "loss")
-
-    @property
-    def include(self) -> list[str] | str | None:
-        """`sparsity_include` with a single regular expression as a string."""
-        return as_names(self.sparsity_include)
-
-    @property
-    def exclude(self) -> list[str] | str | None:
-        """`sparsity_exclude` with a single regular expression as a string."""
-        return as_names(self.sparsity_exclude)
-
-    def phase_settings(self, max_steps: int) -> PhaseSettings:
-        """
-        What the phases of a run of `max_steps` optimizer steps need to know.
-
-        Raises:
-            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
-        """
-        plan, decay, interval = self.phase_plan(max_steps), self.srste_decay, DEFAULT_INTERVAL
-        if self.penalty == "distance":
-            interval = max(1, plan.admm_steps // DISTANCE_UPDATES)
-        if decay is None and not (self.penalty == "distance" and plan.admm_steps and self.rho):
-            decay = DEFAULT_DECAY
-        return PhaseSettings(
-            plan=plan,
-            rho=self.rho,
-            rho_schedule=self.admm_rho_schedule,
-            update_steps=self.admm_update_steps or interval,
-            penalty=self.penalty,
-            decay=decay,
-            mask_update_steps=self.mask_update_steps,
-            state_dtype=getattr(torch, self.admm_state_dtype),
-            offload=self.admm_state_offload,
-        )
-
-    def phase_plan(self, max_steps: int) -> PhasePlan:
-        """
-        The steps of a run of `max_steps` optimizer steps, by phase.
-
-        Raises:
-            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
-        """
-        admm_steps = to_steps("admm_steps", self.admm_steps, max_steps)
-        frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
-        freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
-        return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
 
 
 @dataclass

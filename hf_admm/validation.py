@@ -2,18 +2,22 @@
 
 from numbers import Integral, Real
 
+from hf_admm.pruning.defaults import PENALTIES
 from hf_admm.pruning.schedules import RHO_SCHEDULES
 
 
-# Each way to apply the penalty has a default rho of its own (docs/derivation.md, "Where the penalty enters").
-DEFAULT_RHO = {"distance": 16.0, "loss": 1e-2, "gradient": 3e-3, "decoupled": 10.0}
-# Updates of the mask in a phase 1 of the penalty `distance`; steps between those of Z and U for the others.
-DISTANCE_UPDATES, DEFAULT_INTERVAL = 24, 64
-DEFAULT_DECAY = 2e-4  # SR-STE's lambda, as published
 MASK_MODES = ("dynamic", "fixed")
 STATE_DTYPES = ("float32", "bfloat16")
-# Those that need no lr_scheduler_kwargs, and end when they are told to.
-PLAIN_SCHEDULERS = ("linear", "cosine", "polynomial", "constant", "constant_with_warmup", "inverse_sqrt")
+# Those that need no lr_scheduler_kwargs, and end when they are told to; the last decays in the second half.
+PLAIN_SCHEDULERS = (
+    "linear",
+    "cosine",
+    "polynomial",
+    "constant",
+    "constant_with_warmup",
+    "inverse_sqrt",
+    "warmup_stable_decay",
+)
 
 REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps")
 # Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
@@ -41,7 +45,7 @@ def validate_flags(args) -> None:
     args.pattern  # noqa: B018  (parsing it is the check)
     for name, allowed in (
         ("admm_rho_schedule", tuple(RHO_SCHEDULES)),
-        ("admm_penalty", tuple(DEFAULT_RHO)),
+        ("admm_penalty", tuple(PENALTIES)),
         ("srste_mask", MASK_MODES),
         ("admm_state_dtype", STATE_DTYPES),
         ("admm_lr_scheduler_type", PLAIN_SCHEDULERS),
@@ -53,7 +57,7 @@ def validate_flags(args) -> None:
             raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
     for name in REALS:
         value = getattr(args, name)
-        if value is None and name in ("admm_rho", "srste_decay"):
+        if value is None and name in ("admm_rho", "srste_decay", "srste_lr_multiplier"):
             continue
         least = _LEAST_RHO if name == "admm_rho" else 0
         if not (_is(Real, value) and (value == 0 or least <= value <= _MOST)):

@@ -10,24 +10,24 @@ import yaml
 from transformers import HfArgumentParser, TrainingArguments
 
 from hf_admm.arguments import ADMMArgumentsMixin, ADMMTrainingArguments
+from hf_admm.pruning.defaults import PENALTIES
 from hf_admm.pruning.schedules import RHO_SCHEDULES
 from hf_admm.sparsity.patterns import NMPattern, parse_pattern
-from hf_admm.validation import DEFAULT_RHO
 
 
 DEFAULTS = {
     "sparsity_pattern": "2:4",
     "sparsity_include": None,
     "sparsity_exclude": None,
-    "admm_steps": 0.6,
+    "admm_steps": 0.5,
     "admm_rho": None,
     "admm_rho_schedule": "constant",
-    "admm_update_steps": 64,
-    "admm_penalty": "loss",
+    "admm_update_steps": None,
+    "admm_penalty": None,
     "admm_lr_scheduler_type": None,
     "srste_mask": "dynamic",
-    "srste_decay": 2e-4,
-    "srste_lr_multiplier": 1.0,
+    "srste_decay": None,
+    "srste_lr_multiplier": None,
     "admm_state_dtype": "float32",
     "admm_state_offload": False,
     "mask_update_steps": 1,
@@ -195,9 +195,9 @@ def test_none_leaves_the_arguments_of_trainer_as_they_are(arguments, tmp_path):
 # ---- Derived values ----
 
 
-@pytest.mark.parametrize("penalty", DEFAULT_RHO)
+@pytest.mark.parametrize("penalty", PENALTIES)
 def test_each_penalty_has_a_rho_of_its_own(penalty, arguments):
-    assert arguments(admm_penalty=penalty).rho == DEFAULT_RHO[penalty]
+    assert arguments(admm_penalty=penalty).rho == PENALTIES[penalty].rho
     assert arguments(admm_penalty=penalty, admm_rho=0.5).rho == 0.5
     assert arguments(admm_penalty=penalty, admm_rho=0).rho == 0  # no penalty, and not the default
 
@@ -205,19 +205,21 @@ def test_each_penalty_has_a_rho_of_its_own(penalty, arguments):
 def test_the_documented_defaults_of_rho():
     metadata = {field.name: field.metadata["help"] for field in OWN_FIELDS}["admm_rho"]
     stated = dict(re.findall(r"([\d.]+) for (?:admm_penalty )?'(\w+)'", metadata))
-    assert {penalty: float(rho) for rho, penalty in stated.items()} == DEFAULT_RHO
+    assert {penalty: float(rho) for rho, penalty in stated.items()} == {
+        penalty: defaults.rho for penalty, defaults in PENALTIES.items()
+    }
 
 
 def test_every_choice_of_the_help_is_one():
     metadata = {field.name: field.metadata["help"] for field in OWN_FIELDS}
     assert set(re.findall(r"'(\w+)'", metadata["admm_rho_schedule"])) == RHO_SCHEDULES.keys()
-    assert set(re.findall(r"'(\w+)'", metadata["admm_penalty"])) == DEFAULT_RHO.keys()
+    assert set(re.findall(r"'(\w+)'", metadata["admm_penalty"])) == PENALTIES.keys()
 
 
 def test_derived_values_follow_the_attributes(arguments):
     # A hyperparameter search sets attributes of arguments that exist; nothing may stay from before.
     built = arguments()
-    assert (built.pattern, built.rho, built.include) == (NMPattern(2, 4), 1e-2, None)
+    assert (built.pattern, built.rho, built.include) == (NMPattern(2, 4), 16.0, None)
     built.sparsity_pattern, built.admm_penalty = "1:4", "gradient"
     built.sparsity_include, built.sparsity_exclude = [".*query"], ["key"]
     assert (built.pattern, built.rho) == (NMPattern(1, 4), 3e-3)

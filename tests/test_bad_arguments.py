@@ -55,14 +55,14 @@ def test_a_phase_that_could_not_learn(arguments):
         arguments(srste_lr_multiplier=0)
 
 
-@pytest.mark.parametrize("name", ["srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps"])
+@pytest.mark.parametrize("name", ["admm_steps", "mask_freeze_steps"])
 def test_a_number_that_is_missing(name, arguments):
     with pytest.raises(ValueError, match=rf"^{name}=None .* a finite number of at least 0"):
         arguments(**{name: None})
 
 
 @pytest.mark.parametrize("name", ["admm_update_steps", "mask_update_steps"])
-@pytest.mark.parametrize("value", [0, -16, 1.5, float("nan"), float("inf"), None, "16"])
+@pytest.mark.parametrize("value", [0, -16, 1.5, float("nan"), float("inf"), "16"])
 def test_a_bad_interval(name, value, arguments):
     with pytest.raises(ValueError, match=rf"^{name}={re.escape(repr(value))} .* a whole number of at least 1"):
         arguments(**{name: value})
@@ -77,13 +77,15 @@ def test_steps_are_a_share_or_whole(name, arguments):
 @pytest.mark.parametrize(
     ("name", "allowed"),
     [
-        ("admm_penalty", "loss, gradient, decoupled"),
+        ("admm_penalty", "distance, loss, gradient, decoupled"),
         ("admm_rho_schedule", "constant, linear, cosine, exponential"),
         ("srste_mask", "dynamic, fixed"),
     ],
 )
 @pytest.mark.parametrize("value", ["LOSS", "", None, 1, ["fixed"]])
 def test_an_unknown_choice(name, allowed, value, arguments):
+    if (name, value) == ("admm_penalty", None):
+        pytest.skip("stands for the default")
     with pytest.raises(ValueError, match=rf"{name}={re.escape(repr(value))} is unknown. Allowed: {allowed}\."):
         arguments(**{name: value})
 

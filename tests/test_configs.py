@@ -15,7 +15,7 @@ from hf_admm.finetuning.glue import GLUE_TASKS
 
 PATTERNS = {"2_4": "2:4", "1_4": "1:4", "4_8": "4:8", "block_4x4_8": "4x4:8", "density_0.5": "0.5"}
 TASKS = ["cola", "mrpc", "sst2"]
-BASELINES = ["admm_fixed", "admm_sr_ste", "asp", "dense", "one_shot", "sr_ste"]
+BASELINES = ["admm_dual", "admm_fixed", "admm_sr_ste", "asp", "dense", "dense_sr_ste", "one_shot", "sr_ste"]
 # What `hf-admm glue` takes beside the training arguments.
 TASK_KEYS = {"task_name", "max_seq_length"}
 # Where a run writes, what it reads and what machine it is on are not part of a recipe.
@@ -59,7 +59,7 @@ def test_a_pattern_recipe_prunes_to_its_pattern(name, pattern, tmp_path):
     arguments = training_arguments(load_config(name), tmp_path)
     assert str(arguments.pattern) == pattern
     plan = arguments.phase_plan(100)
-    assert (plan.admm_steps, plan.freeze_step) == (60, 90)
+    assert (plan.admm_steps, plan.freeze_step) == (50, 90)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -83,17 +83,19 @@ def test_baselines_differ_in_the_method_alone(name, tmp_path):
     ("name", "admm_steps", "freeze_step", "has_penalty", "has_decay"),
     [
         ("one_shot", 0, 0, None, False),
-        ("asp", 60, 60, False, False),
+        ("asp", 50, 50, False, False),
         ("sr_ste", 0, 100, None, True),
-        ("admm_fixed", 60, 60, True, False),
-        ("admm_sr_ste", 60, 90, True, True),
+        ("admm_fixed", 50, 50, True, False),
+        ("admm_sr_ste", 50, 90, True, True),
+        ("admm_dual", 50, 90, True, True),
+        ("dense_sr_ste", 50, 90, False, True),
     ],
 )
 def test_baselines_are_what_they_are_called(name, admm_steps, freeze_step, has_penalty, has_decay, tmp_path):
     arguments = training_arguments(load_config(f"baselines/{name}"), tmp_path)
     plan = arguments.phase_plan(100)
     assert (plan.admm_steps, plan.freeze_step) == (admm_steps, freeze_step)
-    assert (arguments.srste_decay > 0) == has_decay
+    assert (arguments.srste_decay != 0) == has_decay
     if has_penalty is not None:
         assert (arguments.rho > 0) == has_penalty
 

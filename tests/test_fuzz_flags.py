@@ -14,10 +14,11 @@ from torch import nn
 from transformers import HfArgumentParser
 
 from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.pruning.defaults import PENALTIES
 from hf_admm.pruning.schedules import RHO_SCHEDULES
 from hf_admm.sparsity.patterns import parse_pattern
 from hf_admm.sparsity.targets import select_targets
-from hf_admm.validation import DEFAULT_RHO, MASK_MODES, PLAIN_SCHEDULERS, STATE_DTYPES
+from hf_admm.validation import MASK_MODES, PLAIN_SCHEDULERS, STATE_DTYPES
 from tiny_runs import train
 
 
@@ -31,11 +32,11 @@ GOOD = {
     "admm_rho": st.none() | st.floats(1e-30, 100) | st.sampled_from([0, 1e-30, 1e30]),
     "admm_rho_schedule": st.sampled_from(sorted(RHO_SCHEDULES)),
     "admm_update_steps": st.integers(1, 100),
-    "admm_penalty": st.sampled_from(sorted(DEFAULT_RHO)),
+    "admm_penalty": st.none() | st.sampled_from(sorted(PENALTIES)),
     "admm_lr_scheduler_type": st.none() | st.sampled_from(PLAIN_SCHEDULERS),
     "srste_mask": st.sampled_from(MASK_MODES),
     "srste_decay": st.floats(0, 1),
-    "srste_lr_multiplier": st.floats(1e-3, 10),
+    "srste_lr_multiplier": st.none() | st.floats(1e-3, 10),
     "admm_state_dtype": st.sampled_from(STATE_DTYPES),
     "admm_state_offload": st.booleans(),
     "mask_update_steps": st.integers(1, 100),
@@ -87,8 +88,9 @@ def assert_sensible(args, max_steps):
     """What training relies on."""
     assert args.is_sparse == (args.sparsity_pattern.strip().lower() != "none")
     assert not args.is_sparse or parse_pattern(str(args.pattern)) == args.pattern
-    assert math.isfinite(args.rho) and args.rho >= 0 and math.isfinite(args.srste_decay) and args.srste_decay >= 0
-    assert 1 <= args.admm_update_steps < 2**63 and 1 <= args.mask_update_steps < 2**63
+    assert math.isfinite(args.rho) and args.rho >= 0 and args.lr_multiplier > 0
+    assert args.srste_decay is None or math.isfinite(args.srste_decay) and args.srste_decay >= 0
+    assert 1 <= (args.admm_update_steps or 1) < 2**63 and 1 <= args.mask_update_steps < 2**63
     numbers = (args.admm_rho, args.srste_decay, args.admm_steps, args.mask_freeze_steps, args.admm_update_steps)
     assert not any(isinstance(number, bool) for number in (*numbers, args.mask_update_steps))
     for names in (args.include, args.exclude):
@@ -103,6 +105,10 @@ def assert_sensible(args, max_steps):
     assert all(type(step) is int for step in (plan.admm_steps, plan.freeze_step))
     assert sum(plan.segments) == max_steps and all(plan.segments)
     assert args.srste_mask == "dynamic" or plan.freeze_step == plan.admm_steps
+    settings = args.phase_settings(max_steps)
+    assert settings.update_steps >= 1 and (settings.decay is None or settings.decay >= 0)
+    shares = [plan.shrinkage(args.rho, step) for step in range(max(1, plan.admm_steps))]
+    assert shares == sorted(shares) and all(math.isfinite(share) and share >= 0 for share in shares)
     strengths = [plan.rho(args.rho, args.admm_rho_schedule, step) for step in range(max(1, plan.admm_steps))]
     assert strengths == sorted(strengths), "a smaller rho would scale U up"
     assert all(0 < float(np.float32(strength)) < math.inf for strength in strengths) or args.rho == 0
@@ -173,7 +179,7 @@ WORDS = st.one_of(
     st.integers(-3, 60).map(str),
     st.floats().map(repr),
     st.sampled_from(
-        [*PATTERNS, *DEFAULT_RHO, *MASK_MODES, *RHO_SCHEDULES, "1e400", "1_0", "0x10", "9" * 5000, "٢", "%s"]
+        [*PATTERNS, *PENALTIES, *MASK_MODES, *RHO_SCHEDULES, "1e400", "1_0", "0x10", "9" * 5000, "٢", "%s"]
     ),
     st.sampled_from(["", " ", "-1", "--", "None", "[]", "['0']", "{", "True", "a{99999999999}", "2:4 "]),
 )

@@ -12,10 +12,6 @@ from hf_admm.finetuning.tasks import TextTask
 from hf_admm.finetuning.text_classification import FineTuning
 
 
-# On MRPC, with few steps and a low rate, the sparse model gained most from these (README, "What it gives").
-GLUE_DEFAULTS = {**DEFAULTS, "admm_lr_scheduler_type": "constant_with_warmup", "srste_lr_multiplier": 2.0}
-
-
 @dataclass
 class GlueArguments(CommandArguments):
     """
@@ -72,7 +68,7 @@ def main(argv: Sequence[str]) -> int:
         `ValueError`: If the input is not allowed.
     """
     description = "Fine-tunes a model on a GLUE task to a sparsity pattern. Writes results.json and model/."
-    command, arguments = parse_flags(argv, "hf-admm glue", description, GlueArguments, GLUE_DEFAULTS)
+    command, arguments = parse_flags(argv, "hf-admm glue", description, GlueArguments, DEFAULTS)
     arguments["output_dir"] = arguments["output_dir"] or os.path.join("runs", command.task_name)
     fine_tuning = FineTuning(
         task=glue_task(command.task_name, command.data_dir).limited(

@@ -39,10 +39,11 @@ def phase_scheduler(args, optimizer: torch.optim.Optimizer, num_training_steps: 
     """
     if num_training_steps <= 0:
         return None
-    plan, last = args.phase_plan(num_training_steps), args.srste_lr_multiplier
+    plan, last = args.phase_plan(num_training_steps), args.lr_multiplier
     segments = plan.segments
     peaks = [1.0, last] if len(segments) > 1 else [1.0 if plan.admm_steps else last]
-    kinds = ([args.admm_lr_scheduler_type] if plan.admm_steps else []) + [None]
+    first, second = args.phase_schedulers
+    kinds = ([first] if plan.admm_steps else []) + [second]
     if len(segments) == 1 and peaks == [1.0] and not kinds[0]:
         return None
     parts = [
@@ -85,7 +86,7 @@ def _segment(args, optimizer, run: int, steps: int, peak: float, kind: str | Non
     """The schedule of one phase, on a stand-in optimizer: only its multipliers are wanted."""
     warmup = args.get_warmup_steps(run)
     begun = round(warmup / run * steps)
-    kwargs = None
+    kwargs = {"num_decay_steps": steps // 2, "decay_type": "linear"} if kind == "warmup_stable_decay" else None
     if not kind and args.lr_scheduler_kwargs:
         kwargs = _shares(args.lr_scheduler_kwargs, warmup, begun, steps, run)
         _check_floor(kwargs, _rate(optimizer), peak)

@@ -37,7 +37,7 @@ def phased(tmp_path):
     def build(name, kwargs=None, run=20, admm_steps=0.6, in_use=None, **flags):
         args = ADMMTrainingArguments(
             str(tmp_path), use_cpu=True, report_to="none", lr_scheduler_type=name, lr_scheduler_kwargs=kwargs,
-            admm_steps=admm_steps, **flags,
+            admm_steps=admm_steps, **{"admm_penalty": "loss", **flags},
         )  # fmt: skip
         return phase_scheduler(args, in_use or optimizer(), run)
 
@@ -59,6 +59,18 @@ WITHOUT_COUNTS = [
     ("cosine_with_min_lr", {"min_lr_rate": 0.1}),
     ("cosine_warmup_with_min_lr", {"min_lr": 1e-4, "warmup_lr_rate": 0.2}),
 ]
+
+
+def test_the_defaults_hold_the_rate_and_let_it_fall_then_double_it(phased):
+    """Unless the user has chosen a schedule: then it is that of both phases."""
+    found = rates(phased("linear", admm_penalty="distance", warmup_steps=5), 20)
+    stable = plain("warmup_stable_decay", {"num_decay_steps": 6, "decay_type": "linear"}, 12, warmup=3)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(stable + plain("linear", None, 8, 2, 2.0)))
+    assert stable[3:6] == [[PEAK, 0.3 * PEAK]] * 3 and stable[-1][0] == pytest.approx(PEAK / 6)
+    chosen = rates(phased("cosine", admm_penalty="distance"), 20)
+    torch.testing.assert_close(
+        torch.tensor(chosen), torch.tensor(plain("cosine", None, 12) + plain("cosine", None, 8, peak=2.0))
+    )
 
 
 @pytest.mark.parametrize(("name", "kwargs"), WITHOUT_COUNTS)

@@ -1,0 +1,40 @@
+"""What is taken for the flags that are not given: it depends on the penalty (docs/derivation.md, "The distance")."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class PenaltyDefaults:
+    """
+    What suits a penalty of phase 1.
+
+    Args:
+        rho (`float`):
+            For `admm_rho`.
+        update_steps (`int`, *optional*):
+            For `admm_update_steps`. `None`: a 24th of phase 1.
+        decay (`float`, *optional*):
+            For `srste_decay`. `None`: pruned entries shrink on as at the end of phase 1.
+        lr_scheduler_type (`str`, *optional*):
+            For `admm_lr_scheduler_type`, where `lr_scheduler_type` is not given either. `None`: the same in both.
+        lr_multiplier (`float`, *optional*, defaults to 1.0):
+            For `srste_lr_multiplier`.
+    """
+
+    rho: float
+    update_steps: int | None = 64
+    decay: float | None = 2e-4  # SR-STE's lambda as published
+    lr_scheduler_type: str | None = None
+    lr_multiplier: float = 1.0
+
+
+PENALTIES = {
+    "distance": PenaltyDefaults(
+        rho=16.0, update_steps=None, decay=None, lr_scheduler_type="warmup_stable_decay", lr_multiplier=2.0
+    ),
+    "loss": PenaltyDefaults(rho=1e-2),
+    "gradient": PenaltyDefaults(rho=3e-3),
+    "decoupled": PenaltyDefaults(rho=10.0),
+}
+# Updates of the mask in phase 1, where their interval adapts.
+UPDATES = 24

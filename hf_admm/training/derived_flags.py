@@ -1,0 +1,98 @@
+"""What follows from the flags: what is taken for those that are not given, and the phases of a run."""
+
+import torch
+
+from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults
+from hf_admm.pruning.phases import PhaseSettings
+from hf_admm.pruning.schedules import PhasePlan, to_steps
+from hf_admm.sparsity.naming import as_names
+from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
+
+
+class DerivedFlags:
+    """
+    The properties of [`ADMMArgumentsMixin`]. None is kept: a hyperparameter search changes the flags of arguments that
+    exist.
+    """
+
+    @property
+    def is_sparse(self) -> bool:
+        """Whether anything is pruned, that is `sparsity_pattern` is not `"none"`."""
+        return not (isinstance(self.sparsity_pattern, str) and self.sparsity_pattern.strip().lower() == "none")
+
+    @property
+    def pattern(self) -> SparsityPattern | None:
+        """The parsed `sparsity_pattern`, `None` for `"none"`."""
+        return parse_pattern(self.sparsity_pattern) if self.is_sparse else None
+
+    @property
+    def rho(self) -> float:
+        """`admm_rho`, or what is taken for it."""
+        return self.defaults.rho if self.admm_rho is None else self.admm_rho
+
+    @property
+    def penalty(self) -> str:
+        """`admm_penalty`, or what is taken for it."""
+        return self.admm_penalty or ("distance" if self.admm_rho is None else "loss")
+
+    @property
+    def defaults(self) -> PenaltyDefaults:
+        """What is taken for the flags that are not given."""
+        return PENALTIES[self.penalty]
+
+    @property
+    def phase_schedulers(self) -> tuple[str | None, str | None]:
+        """Schedules of the learning rate in both phases, `None` for `lr_scheduler_type`."""
+        own = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "linear"
+        first = self.admm_lr_scheduler_type or (None if own else self.defaults.lr_scheduler_type)
+        return first, None
+
+    @property
+    def lr_multiplier(self) -> float:
+        """`srste_lr_multiplier`, or what is taken for it."""
+        return self.defaults.lr_multiplier if self.srste_lr_multiplier is None else self.srste_lr_multiplier
+
+    @property
+    def include(self) -> list[str] | str | None:
+        """`sparsity_include` with a single regular expression as a string."""
+        return as_names(self.sparsity_include)
+
+    @property
+    def exclude(self) -> list[str] | str | None:
+        """`sparsity_exclude` with a single regular expression as a string."""
+        return as_names(self.sparsity_exclude)
+
+    def phase_settings(self, max_steps: int) -> PhaseSettings:
+        """
+        What the phases of a run of `max_steps` optimizer steps need to know.
+
+        Raises:
+            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
+        """
+        plan, decay = self.phase_plan(max_steps), self.srste_decay
+        if decay is None:
+            decay = self.defaults.decay if plan.admm_steps and self.rho else PENALTIES["loss"].decay
+        interval = self.admm_update_steps or self.defaults.update_steps or max(1, plan.admm_steps // UPDATES)
+        return PhaseSettings(
+            plan=plan,
+            rho=self.rho,
+            rho_schedule=self.admm_rho_schedule,
+            update_steps=interval,
+            penalty=self.penalty,
+            decay=decay,
+            mask_update_steps=self.mask_update_steps,
+            state_dtype=getattr(torch, self.admm_state_dtype),
+            offload=self.admm_state_offload,
+        )
+
+    def phase_plan(self, max_steps: int) -> PhasePlan:
+        """
+        The steps of a run of `max_steps` optimizer steps, by phase.
+
+        Raises:
+            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
+        """
+        admm_steps = to_steps("admm_steps", self.admm_steps, max_steps)
+        frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
+        freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
+        return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
