@@ -23,7 +23,7 @@ fuzz:
 	$(PYTHON) -m pytest --hypothesis-profile thorough tests/*/test_fuzz_*.py tests/test_fuzz_*.py
 
 quickstart:
-	$(PYTHON) -m hf_admm.cli quickstart
+	$(PYTHON) -m hf_admm quickstart
 
 # Every figure anew, then the tables of the README and docs/benchmarks.md. Nothing else should run meanwhile.
 bench:
