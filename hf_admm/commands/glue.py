@@ -5,11 +5,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
+from hf_admm.commands.training import fine_tune
 from hf_admm.finetuning.glue import GLUE_TASKS, HUB_DATASET, get_task, load_glue
 from hf_admm.finetuning.metric import GlueMetric
 from hf_admm.finetuning.results import results_table
 from hf_admm.finetuning.tasks import TextTask
-from hf_admm.finetuning.text_classification import FineTuning
 
 
 @dataclass
@@ -70,19 +70,10 @@ def main(argv: Sequence[str]) -> int:
     description = "Fine-tunes a model on a GLUE task to a sparsity pattern. Writes results.json and model/."
     command, arguments = parse_flags(argv, "hf-admm glue", description, GlueArguments, DEFAULTS)
     arguments["output_dir"] = arguments["output_dir"] or os.path.join("runs", command.task_name)
-    fine_tuning = FineTuning(
-        task=glue_task(command.task_name, command.data_dir).limited(
-            command.max_train_samples, command.max_eval_samples
-        ),
-        model_name_or_path=command.model_name_or_path,
-        arguments=arguments,
-        max_seq_length=command.max_seq_length,
-    )
-    if command.dry_run:
-        print(fine_tuning.target_table())
-        return 0
-    results = fine_tuning.run(dense_baseline=command.dense_baseline)
-    print(results_table(results, arguments["output_dir"]))
+    task = glue_task(command.task_name, command.data_dir)
+    results = fine_tune(command, arguments, task, command.model_name_or_path, command.dense_baseline)
+    if results is not None:
+        print(results_table(results, arguments["output_dir"]))
     return 0
 
 

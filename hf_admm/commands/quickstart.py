@@ -10,9 +10,9 @@ import numpy as np
 import torch
 
 from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
+from hf_admm.commands.training import fine_tune
 from hf_admm.finetuning.results import MODEL_FOLDER, results_table
 from hf_admm.finetuning.tasks import TextTask
-from hf_admm.finetuning.text_classification import FineTuning
 from hf_admm.finetuning.tweets import LABELS, PACKAGE, load_tweets, packaged_file
 
 
@@ -52,19 +52,10 @@ def main(argv: Sequence[str]) -> int:
         `ValueError`: If the input is not allowed, or the packages of the extra `quickstart` are missing.
     """
     command, arguments = parse_flags(argv, "hf-admm quickstart", _DESCRIPTION, QuickstartArguments, _defaults())
-    model = packaged_file(MODEL_PACKAGE, Path(MODEL_FOLDER))
-    fine_tuning = FineTuning(
-        task=tweets_task().limited(command.max_train_samples, command.max_eval_samples),
-        model_name_or_path=str(model),
-        arguments=arguments,
-        max_seq_length=command.max_seq_length,
-        model_label="all-MiniLM-L6-v2",
-    )
-    if command.dry_run:
-        print(fine_tuning.target_table())
+    model, output_dir = packaged_file(MODEL_PACKAGE, Path(MODEL_FOLDER)), arguments["output_dir"]
+    results = fine_tune(command, arguments, tweets_task(), str(model), True, model_label="all-MiniLM-L6-v2")
+    if results is None:
         return 0
-    output_dir = arguments["output_dir"]
-    results = fine_tuning.run(dense_baseline=True)
     examples = results["data"]["examples"]
     print(
         f"\n{results['model']} on {examples['train']} tweets, {results['steps']} steps each, evaluated on "
