@@ -130,7 +130,7 @@ class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
             # An error or a keyboard interrupt in the middle of a step of phase 2 comes while the weights are masked.
             self.sparsity.restore_dense()
             raise
-        if self.args.is_sparse:
+        if self.sparsity.finished:
             self._audit()
         return output
 

@@ -1,8 +1,10 @@
 """Runs for tests/pruning/test_sharded.py, in one process or, with the weights sharded by FSDP2, in several."""
 
+import itertools
 import json
 import os
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ SETTINGS = PhaseSettings(
     decay=0.01,
     mask_update_steps=1,
 )
+PENALTIES = {"loss": SETTINGS, "distance": replace(SETTINGS, penalty="distance", rho=16.0, decay=None)}
 PATTERNS = ("2:4", "1:4", "4:8", "4x4:8", "2x8:5", "0.5")
 
 
@@ -84,26 +87,27 @@ def evaluate(model, state) -> torch.Tensor:
         return model(torch.linspace(-1, 1, 48).reshape(3, 16)).clone()
 
 
-def train(model, state, steps, folder):
+def train(model, state, steps, folder, settings):
     """Both phases as the callbacks run them: updates at steps 2 and 4, the switch at 6, an evaluation after each."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     evaluations, figures = [], []
     for step in range(steps):
         if step == 0:
-            state.begin(SETTINGS)
-        state.before_forward(step, SETTINGS)
+            state.begin(settings)
+        state.before_forward(step, settings)
         x = torch.randn(8, 16, generator=torch.Generator().manual_seed(step))
         nn.functional.cross_entropy(model(x), torch.arange(8) % 2).backward()
-        state.before_clipping(SETTINGS)
-        state.after_clipping(SETTINGS)
+        state.before_clipping(settings)
+        state.after_clipping(settings)
         optimizer.step()
+        state.after_step(settings, {})
         optimizer.zero_grad()
         if step + 1 in (3, 8):
             checkpoint = folder / str(step + 1)
             checkpoint.mkdir(exist_ok=True, parents=True)
             save_sidecar(state, checkpoint, write=not distributed.is_initialized() or distributed.get_rank() == 0)
         evaluations.append(evaluate(model, state))
-        penalty = state.phase.penalty(SETTINGS)
+        penalty = state.phase.penalty(settings)
         figures.append({name: float(figure) for name, figure in state.figures.items()} | {"penalty": penalty})
     return torch.stack(evaluations), figures
 
@@ -114,12 +118,12 @@ def main(folder: str) -> None:
     if processes > 1:
         distributed.init_process_group("gloo")
     rank = distributed.get_rank() if processes > 1 else 0
-    for pattern in PATTERNS:
-        here = Path(folder) / pattern.replace(":", "-")
+    for penalty, pattern in itertools.product(PENALTIES, PATTERNS):
+        settings, here = PENALTIES[penalty], Path(folder) / f"{penalty}-{pattern.replace(':', '-')}"
         model, state = build(pattern)
         held = state.weights.parameters
         divided = [n for n, w in held.items() if straddles(w, state.weights.pattern, state.targets[n].transposed)]
-        evaluations, figures = train(model, state, 10, here)
+        evaluations, figures = train(model, state, 10, here, settings)
         state.finish()
         assert state.weights.obey()
         results = {"evaluations": evaluations, "weights": whole(model.named_parameters())}
@@ -128,9 +132,10 @@ def main(folder: str) -> None:
             other, again = build(pattern, seed=1)
             if processes > 1:
                 distributed.barrier()
-            load_sidecar(again, here / str(step), SETTINGS)
+            load_sidecar(again, here / str(step), settings)
             dense = whole(again.weights.parameters.items())
-            companions = again.phase.companions if again.phase.name == "admm" else again.phase.rooms
+            companions = again.phase.companions if again.phase.companion == "anchor" else {}
+            companions |= getattr(again.phase, "rooms", {})
             assert all(local(again.weights.parameters[n]).shape == t.shape for n, t in companions.items())
             restored[step] = {"phase": again.phase.name, "weights": dense, "evaluation": evaluate(other, again)}
         results["restored"] = restored

@@ -88,6 +88,11 @@ class ADMMState:
         """Whether something else is in the place of the dense weights."""
         return bool(self.weights.aside)
 
+    @property
+    def finished(self) -> bool:
+        """Whether a run has ended, with the zeros in the weights."""
+        return isinstance(self.phase, Finished)
+
     def restore_dense(self) -> None:
         """Puts the dense weights back, where something else is in their place."""
         if self.masked:
