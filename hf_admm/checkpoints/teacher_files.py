@@ -6,7 +6,7 @@ The underscore keeps it out of uploads to the hub.
 
 import json
 import os
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -58,15 +58,23 @@ class TeacherCheckpointsMixin(DistillationMixin):
         folder = Path(kwargs.get("output_dir", args[0] if args else self.args.output_dir))
         run_dir = folder.parent.parent if folder.parent.name == STAGING_NAME else folder.parent
         if self.args.distill_teacher == SELF and run_dir not in self._teacher_places:
-            temporary = run_dir / STAGING_NAME / TEACHER_WEIGHTS
-            temporary.parent.mkdir(parents=True, exist_ok=True)
+            self._save_self(run_dir)
+        record = {"format_version": _VERSION, "teacher": self.args.distill_teacher, "crc32": self._checksum()}
+        (folder / TEACHER_RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+    def _save_self(self, run_dir: Path) -> None:
+        temporary = run_dir / STAGING_NAME / TEACHER_WEIGHTS
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
             save_model(self._teacher, str(temporary), metadata={"format": "pt"})
             sync(temporary)
             os.replace(temporary, run_dir / TEACHER_WEIGHTS)
             sync(run_dir)
-            self._teacher_places.add(run_dir)
-        record = {"format_version": _VERSION, "teacher": self.args.distill_teacher, "crc32": self._checksum()}
-        (folder / TEACHER_RECORD).write_text(json.dumps(record), encoding="utf-8")
+        finally:
+            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a checkpoint is being written there
+                temporary.parent.rmdir()
+        self._teacher_places.add(run_dir)
 
     @contextmanager
     def _loading_teacher(self, *args, **kwargs):

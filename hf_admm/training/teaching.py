@@ -143,6 +143,9 @@ class DistillationMixin:
                     f"{type(self).__name__}.training_step did not hand its loss to self.accelerator.backward, so the "
                     "teacher had no say. Call it, or leave distill_teacher away."
                 )
+        except BaseException:
+            self._distances, self._distances_of = {}, 0  # of a step that is not taken
+            raise
         finally:
             self._teaching = False
             if before is None:

@@ -43,15 +43,17 @@ def test_a_resume_ends_with_the_same_bits(who, pattern, tiny_bert, token_data, t
         assert logs[0] == logs[1] and len(logs[0]) == STEPS
 
 
-def test_what_lies_in_the_folders(tiny_bert, token_data, tmp_path):
+@pytest.mark.parametrize("pattern", ["2:4", "none"])
+def test_what_lies_in_the_folders(pattern, tiny_bert, token_data, tmp_path):
     """One copy beside the checkpoints, out of the hub's uploads; nothing of the teacher in the weights."""
-    run(tiny_bert(), token_data(), tmp_path, distill_teacher="self")
+    run(tiny_bert(), token_data(), tmp_path, distill_teacher="self", sparsity_pattern=pattern)
     found = sorted(entry.name for entry in tmp_path.iterdir())
     assert found == [TEACHER_WEIGHTS, *sorted(f"checkpoint-{step}" for step in (3, 6, 9, 12))]
     assert TEACHER_WEIGHTS.startswith("_")
     records = [json.loads((tmp_path / f"checkpoint-{step}" / TEACHER_RECORD).read_text()) for step in (3, 12)]
     assert records[0] == records[1] and records[0]["teacher"] == "self"
-    assert audit_checkpoint(tmp_path / "checkpoint-3").ok
+    if pattern != "none":
+        assert audit_checkpoint(tmp_path / "checkpoint-3").ok
 
 
 def test_no_checkpoint_no_copy(tiny_bert, token_data, teacher, tmp_path):
@@ -130,3 +132,4 @@ def test_a_save_that_fails_leaves_the_file_before_it(tiny_bert, token_data, tmp_
     with pytest.raises(OSError, match="No space left"):
         run(tiny_bert(seed=1), token_data(), tmp_path, distill_teacher="self")
     assert (tmp_path / TEACHER_WEIGHTS).read_bytes() == before
+    assert not (tmp_path / "_saving").exists()

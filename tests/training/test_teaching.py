@@ -75,10 +75,10 @@ def test_the_gradient_is_that_of_the_loss_by_hand(share, bert, tiny_bert, token_
     for name, gradient in gradients(student).items():
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-6, msg=name)
     log = trainer.state.log_history[0]
-    assert log["loss"] == pytest.approx(float(ours.loss), rel=1e-4)  # the task's alone
-    assert log["distill/loss"] == pytest.approx(float(share * logits + 0.7 * hidden), rel=1e-4)
-    assert log["distill/hidden"] == pytest.approx(float(hidden), rel=1e-4)
-    assert log.get("distill/logits", float(logits)) == pytest.approx(float(logits), rel=1e-4)
+    assert log["loss"] == pytest.approx(ours.loss.item(), rel=1e-4)  # the task's alone
+    assert log["distill/loss"] == pytest.approx((share * logits + 0.7 * hidden).item(), rel=1e-4)
+    assert log["distill/hidden"] == pytest.approx(hidden.item(), rel=1e-4)
+    assert log.get("distill/logits", logits.item()) == pytest.approx(logits.item(), rel=1e-4)
     assert ("distill/logits" in log) == bool(share)
 
 
@@ -228,6 +228,14 @@ def owns(base):
         def compute_loss(self, *args, **kwargs):
             return super().compute_loss(*args, **kwargs)
 
+    class Looks(base):
+        """At a reference first, from which nothing is to be learned."""
+
+        def compute_loss(self, model, inputs, *args, **kwargs):
+            with torch.no_grad():
+                model(input_ids=inputs["input_ids"].flip(1))
+            return super().compute_loss(model, inputs, *args, **kwargs)
+
     class Steps(base):
         """Without super()."""
 
@@ -237,11 +245,11 @@ def owns(base):
             self.accelerator.backward(loss)
             return loss.detach()
 
-    return {"calls the model": Calls, "calls super": Super, "steps": Steps}
+    return {"calls the model": Calls, "calls super": Super, "looks first": Looks, "steps": Steps}
 
 
 @pytest.mark.parametrize("where", ["above", "below"])
-@pytest.mark.parametrize("what", ["calls the model", "calls super", "steps"])
+@pytest.mark.parametrize("what", ["calls the model", "calls super", "looks first", "steps"])
 def test_the_term_joins_whoever_computes_the_loss(what, where, bert, token_data, teacher, tmp_path):
     flags = {"distill_teacher": teacher, "distill_logits_weight": 0.5}
     expected, _ = first_gradients(copy.deepcopy(bert), token_data(8), tmp_path / "a", **flags)
