@@ -242,7 +242,7 @@ def test_other_heads_by_hand(kind, tmp_path):
 
 
 @pytest.mark.parametrize("flags", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"bf16": True},
-                                   {"activation_checkpointing": True}, {"sparsity_pattern": "none"}])  # fmt: skip
+                                   {"gradient_checkpointing": True}, {"sparsity_pattern": "none"}])  # fmt: skip
 def test_wrapped_models_learn_the_same(flags, tiny_bert, token_data, tmp_path):
     teacher, runs = save(tiny_bert(seed=1), tmp_path / "teacher"), []
     plain = {key: value for key, value in flags.items() if key == "sparsity_pattern"}
