@@ -8,11 +8,12 @@ from transformers import TrainingArguments
 
 from hf_admm.training.argument_classes import finish_dataclass, inherit_fields, passes_by
 from hf_admm.training.derived_flags import DerivedFlags
+from hf_admm.training.distillation_arguments import DISTILL_REALS, DistillationArgumentsMixin
 from hf_admm.validation import PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
 
 
 @dataclass(kw_only=True)
-class ADMMArgumentsMixin(DerivedFlags):
+class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
     """
     The flags of sparse fine-tuning for any class of arguments, whose own fields and defaults stay as they are. Every
     flag parses from the command line and from YAML.
@@ -81,6 +82,8 @@ class ADMMArgumentsMixin(DerivedFlags):
             Optimizer steps between two updates of the mask.
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
             The last part of the run, in which the mask is frozen: a share of the run if below 1, else optimizer steps.
+
+        > Parameters that control distillation: those of [`DistillationArgumentsMixin`]
 
     Raises:
         `ValueError`: If a flag has a value that is not allowed; the message says which are.
@@ -210,7 +213,7 @@ class ADMMArgumentsMixin(DerivedFlags):
             raise ValueError(unsupported_backend("FSDP1"))
         if isinstance(self.sparsity_pattern, float):
             self.sparsity_pattern = str(self.sparsity_pattern)
-        for name in REALS:
+        for name in (*REALS, *DISTILL_REALS):
             if isinstance(value := getattr(self, name), str):  # YAML 1.1 reads 1e-3 as one
                 with suppress(ValueError):
                     setattr(self, name, float(value))

@@ -14,6 +14,7 @@ from hf_admm.arguments import ADMMArgumentsMixin, with_flags
 from hf_admm.audit import AuditReport, audit_weights
 from hf_admm.callbacks import MetricsCallback, PhaseCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
+from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
 from hf_admm.pruning.shards import DTensor
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
@@ -27,7 +28,7 @@ from hf_admm.validation import unsupported_backend
 logger = logging.get_logger(__name__)
 
 
-class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
+class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScalingMixin):
     """
     Sparse fine-tuning for any `Trainer`, whatever its signature: mix it in before the trainer class, and pass
     [`ADMMTrainingArguments`], or, where the trainer has a class of arguments of its own, one that
@@ -73,6 +74,7 @@ class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
             raise
         if not hasattr(self.args, "sparsity_pattern"):  # the trainer has made its own
             raise ValueError(wrong_arguments(type(self), self.args, wanted, ADMMArgumentsMixin))
+        self._check_distillation()
         self._set_up_sparsity()
 
     def _set_up_sparsity(self) -> None:
@@ -139,6 +141,7 @@ class ADMMTrainerMixin(SparseCheckpointsMixin, LossScalingMixin):
         super()._hp_search_setup(trial)
         self.args.validate_sparsity()
         self._set_up_sparsity()
+        self._prepare_teacher()
 
     def _audit(self) -> None:
         weights = self.sparsity.weights

@@ -24,6 +24,12 @@ REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_f
 # from a smaller rho starts at 0, which nothing can be divided by.
 _LEAST_RHO, _MOST = 1e-30, 1e30
 _LONGEST = 2**63 - 1
+# The least, the most, and the words for it.
+_DISTILLATION = {
+    "distill_logits_weight": (0, 1, "a number from 0 to 1"),
+    "distill_hidden_weight": (0, 1e6, "a number from 0 to 1e6"),
+    "distill_temperature": (1e-2, 1e3, "a number from 0.01 to 1000"),
+}
 
 
 def validate_flags(args) -> None:
@@ -94,6 +100,7 @@ def validate_flags(args) -> None:
                 f"{name}={_shown(value)} is not allowed: give names of modules as strings, in a list, or one "
                 "regular expression."
             )
+    _validate_distillation(args)
     if not args.is_sparse:
         return
     optim = str(getattr(args.optim, "value", args.optim))
@@ -102,6 +109,25 @@ def validate_flags(args) -> None:
             f"optim={optim!r} is not supported by sparse training: it steps within the backward pass, behind the "
             "mask's back. Choose another optimizer, or set sparsity_pattern='none'."
         )
+
+
+def _validate_distillation(args) -> None:
+    faults, teacher = [], args.distill_teacher
+    if teacher is not None and not (isinstance(teacher, str) and teacher.strip()):
+        faults.append(f"distill_teacher={_shown(teacher)} is not allowed: give a folder, a hub id or 'self'")
+    for name, (least, most, allowed) in _DISTILLATION.items():
+        value = getattr(args, name)
+        if value is None and name == "distill_hidden_weight":
+            continue
+        if not (_is(Real, value) and least <= value <= most):
+            faults.append(f"{name}={_shown(value)} is not allowed: give {allowed}")
+    if not faults and teacher is not None and args.distill_logits_weight == args.hidden_weight == 0:
+        faults.append(
+            f"distill_teacher={teacher!r} would teach nothing: distill_logits_weight and distill_hidden_weight are "
+            "both 0. Raise one of them, or leave distill_teacher away"
+        )
+    if faults:
+        raise ValueError("; ".join(faults) + ".")
 
 
 def unsupported_backend(name: str) -> str:

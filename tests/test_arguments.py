@@ -13,6 +13,7 @@ from hf_admm.arguments import ADMMArgumentsMixin, ADMMTrainingArguments
 from hf_admm.pruning.defaults import PENALTIES
 from hf_admm.pruning.schedules import RHO_SCHEDULES
 from hf_admm.sparsity.patterns import NMPattern, parse_pattern
+from hf_admm.training.distillation_arguments import DistillationArgumentsMixin
 
 
 DEFAULTS = {
@@ -32,6 +33,10 @@ DEFAULTS = {
     "admm_state_offload": False,
     "mask_update_steps": 1,
     "mask_freeze_steps": 0.1,
+    "distill_teacher": None,
+    "distill_logits_weight": 0.0,
+    "distill_hidden_weight": None,
+    "distill_temperature": 2.0,
 }
 # Another value for each: as typed, as YAML holds it, and what becomes of it.
 OTHERS = {
@@ -51,6 +56,10 @@ OTHERS = {
     "admm_state_offload": (["true"], "true", True),
     "mask_update_steps": (["8"], "8", 8),
     "mask_freeze_steps": (["0.25"], "0.25", 0.25),
+    "distill_teacher": (["self"], "self", "self"),
+    "distill_logits_weight": (["0.5"], "0.5", 0.5),
+    "distill_hidden_weight": (["1e-1"], "1e-1", 0.1),
+    "distill_temperature": (["4"], "4", 4),
 }
 OWN_FIELDS = [
     field
@@ -156,7 +165,8 @@ def test_every_field_explains_itself(field):
     text = field.metadata["help"]
     assert text[0].isupper() and text.endswith(".")
     # And in the docstring, with the default that it has.
-    entry = re.search(rf"\n +{field.name} \((.*)\):\n", ADMMArgumentsMixin.__doc__).group(1)
+    docs = ADMMArgumentsMixin.__doc__ + DistillationArgumentsMixin.__doc__
+    entry = re.search(rf"\n +{field.name} \((.*)\):\n", docs).group(1)
     if field.default is None:
         assert entry.endswith("*optional*")
     else:

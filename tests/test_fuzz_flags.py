@@ -41,6 +41,10 @@ GOOD = {
     "admm_state_offload": st.booleans(),
     "mask_update_steps": st.integers(1, 100),
     "mask_freeze_steps": st.floats(0, 1) | st.integers(0, 40),
+    "distill_teacher": st.none() | st.just("self"),
+    "distill_logits_weight": st.floats(0, 1),
+    "distill_hidden_weight": st.none() | st.floats(1e-3, 100),
+    "distill_temperature": st.floats(0.1, 20),
 }
 ANYTHING = st.one_of(
     st.none(),

@@ -87,7 +87,7 @@ def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True
     path = Path(folder) / SIDECAR_NAME
     temporary = path.with_suffix(".tmp")
     text = json.dumps(settings)
-    save_file(tensors, temporary, metadata={"hf_admm": text, "crc32": _checksum(text, sorted(tensors.items()))})
+    save_file(tensors, temporary, metadata={"hf_admm": text, "crc32": checksum(text, sorted(tensors.items()))})
     os.replace(temporary, path)
 
 
@@ -236,9 +236,9 @@ def _check_tensors(path: Path, settings: dict) -> None:
 def _check_values(path: Path, file, weights: PrunedWeights) -> None:
     """Whether the tensors are the ones that were saved, and such that training can go on with them."""
     metadata, keys = file.metadata(), sorted(file.keys())
-    checksum = _checksum(metadata["hf_admm"], ((key, file.get_tensor(key)) for key in keys))
-    if metadata.get("crc32") != checksum:
-        raise _damaged(path, f"its checksum is {checksum}, and {metadata.get('crc32')} is recorded")
+    found = checksum(metadata["hf_admm"], ((key, file.get_tensor(key)) for key in keys))
+    if metadata.get("crc32") != found:
+        raise _damaged(path, f"its checksum is {found}, and {metadata.get('crc32')} is recorded")
     diverged = []
     for key in keys:
         kind, name = key.split("/", 1)
@@ -259,8 +259,19 @@ def _check_values(path: Path, file, weights: PrunedWeights) -> None:
         )
 
 
-def _checksum(text: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
-    """CRC-32 of the settings and of all tensors with their names: a fraction of the time of writing them."""
+def checksum(text: str, tensors: Iterable[tuple[str, torch.Tensor]]) -> str:
+    """
+    CRC-32 of a text and of tensors with their names: a fraction of the time of writing them.
+
+    Args:
+        text (`str`):
+            The text.
+        tensors (`Iterable[tuple[str, torch.Tensor]]`):
+            Names and tensors, in an order that is always the same.
+
+    Returns:
+        `str`: Eight hexadecimal digits.
+    """
     value = zlib.crc32(text.encode())
     for key, tensor in tensors:
         value = zlib.crc32(f"{key} {tensor.dtype} {tuple(tensor.shape)}".encode(), value)

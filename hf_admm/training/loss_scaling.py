@@ -111,7 +111,7 @@ class LossScalingMixin:
         with _as_it_was(self.model), torch.no_grad():
             self.model.train()  # some models return no loss, or another one, in evaluation
             for factor in (1, 2):
-                with _same_randomness(self.model, self.args.device):
+                with same_randomness(self.model, self.args.device):
                     inputs = self._prepare_inputs(copy.deepcopy(batch))
                     with self.compute_loss_context_manager():
                         loss = self.compute_loss(self.model, inputs, num_items_in_batch=factor * count)
@@ -125,7 +125,7 @@ class LossScalingMixin:
 
 
 @contextmanager
-def _same_randomness(model: nn.Module, device: torch.device):
+def same_randomness(model: nn.Module, device: torch.device):
     """What is drawn within is drawn again after it."""
     devices = {parameter.device for parameter in model.parameters()} | {device}
     devices = sorted((d for d in devices if d.type not in ("cpu", "mps", "meta")), key=str)

@@ -93,7 +93,7 @@ def load(folder):
 def write(folder, tensors, settings, text=None):
     """A sidecar that is whole, whatever it says."""
     text = json.dumps(settings) if text is None else text
-    metadata = {"hf_admm": text, "crc32": sidecar._checksum(text, sorted(tensors.items()))}
+    metadata = {"hf_admm": text, "crc32": sidecar.checksum(text, sorted(tensors.items()))}
     save_file(tensors, folder / SIDECAR_NAME, metadata=metadata)
 
 

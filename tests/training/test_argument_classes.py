@@ -87,7 +87,7 @@ def test_the_other_class_keeps_its_fields_and_defaults(cls, tmp_path):
 @every_class
 def test_the_flags_are_checked_once_the_others_are_set(cls, tmp_path):
     assert cls(str(tmp_path), use_cpu=True, sparsity_pattern=0.5, admm_rho="1e-3").admm_rho == 1e-3
-    with pytest.raises(ValueError, match="admm_penalty='x' is unknown. Allowed: loss"):
+    with pytest.raises(ValueError, match="admm_penalty='x' is unknown. Allowed: distance"):
         cls(str(tmp_path), use_cpu=True, admm_penalty="x")
     with pytest.raises(ValueError, match="DeepSpeed"):
         cls(str(tmp_path), use_cpu=True, deepspeed={"zero_optimization": {"stage": 2}})

@@ -1,0 +1,139 @@
+"""What a resume needs to have the same teacher: a record in each checkpoint, and once the weights of `self`.
+
+The dense model of the start is nowhere else once training has begun, so the first checkpoint has it written beside it.
+The underscore keeps it out of uploads to the hub.
+"""
+
+import json
+import os
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+from safetensors.torch import load_model, save_model
+from transformers.utils import logging
+
+from hf_admm.checkpoints.files import UNREADABLE, sync
+from hf_admm.checkpoints.sidecar import checksum
+from hf_admm.checkpoints.staging import STAGING_NAME
+from hf_admm.training.distillation_arguments import SELF
+from hf_admm.training.signatures import surround
+from hf_admm.training.teaching import DistillationMixin
+
+
+logger = logging.get_logger(__name__)
+
+TEACHER_RECORD = "distill_teacher.json"
+TEACHER_WEIGHTS = "_distill_teacher.safetensors"
+_VERSION = 1
+
+
+class TeacherCheckpointsMixin(DistillationMixin):
+    """The part of [`ADMMTrainerMixin`] that has a resumed run learn from the teacher that it began with."""
+
+    def __init_subclass__(cls, **kwargs):
+        super().__init_subclass__(**kwargs)
+        around = {"_save_optimizer_and_scheduler": "_saving_teacher"}
+        around |= {"_load_optimizer_and_scheduler": "_loading_teacher"}
+        surround(cls, TeacherCheckpointsMixin, around)
+
+    def _prepare_teacher(self) -> None:
+        self._teacher_sum, self._teacher_places = None, set()
+        super()._prepare_teacher()
+
+    def _save_optimizer_and_scheduler(self, *args, **kwargs) -> None:
+        with self._saving_teacher(*args, **kwargs):
+            super()._save_optimizer_and_scheduler(*args, **kwargs)
+
+    def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
+        with self._loading_teacher(*args, **kwargs):
+            super()._load_optimizer_and_scheduler(*args, **kwargs)
+
+    @contextmanager
+    def _saving_teacher(self, *args, **kwargs):
+        """Around the one thing that every checkpoint saves which can be resumed."""
+        yield
+        if self._teacher is None or not self.args.should_save:
+            return
+        folder = Path(kwargs.get("output_dir", args[0] if args else self.args.output_dir))
+        run_dir = folder.parent.parent if folder.parent.name == STAGING_NAME else folder.parent
+        if self.args.distill_teacher == SELF and run_dir not in self._teacher_places:
+            self._save_self(run_dir)
+        record = {"format_version": _VERSION, "teacher": self.args.distill_teacher, "crc32": self._checksum()}
+        (folder / TEACHER_RECORD).write_text(json.dumps(record), encoding="utf-8")
+
+    def _save_self(self, run_dir: Path) -> None:
+        temporary = run_dir / STAGING_NAME / TEACHER_WEIGHTS
+        temporary.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            save_model(self._teacher, str(temporary), metadata={"format": "pt"})
+            sync(temporary)
+            os.replace(temporary, run_dir / TEACHER_WEIGHTS)
+            sync(run_dir)
+        finally:
+            temporary.unlink(missing_ok=True)
+            with suppress(OSError):  # a checkpoint is being written there
+                temporary.parent.rmdir()
+        self._teacher_places.add(run_dir)
+
+    @contextmanager
+    def _loading_teacher(self, *args, **kwargs):
+        checkpoint = kwargs.get("checkpoint", args[0] if args else None)
+        if checkpoint is not None:
+            self._find_teacher(Path(checkpoint))
+        yield
+
+    def _find_teacher(self, checkpoint: Path) -> None:
+        record = _read_record(checkpoint)
+        teacher = self.args.distill_teacher
+        if teacher is None:
+            if record is not None:
+                logger.warning(f"{checkpoint} had {record['teacher']!r} as its teacher, and goes on without one.")
+            return
+        if teacher == SELF:
+            self._load_self(checkpoint)
+        if record is None:
+            logger.warning(f"{checkpoint} was trained without a teacher; from here on there is {teacher!r}.")
+        elif record["crc32"] != self._checksum():
+            raise ValueError(
+                f"distill_teacher={teacher!r} has other weights than the teacher of {checkpoint}, "
+                f"{record['teacher']!r}. Give that one, or start a new run; to change the teacher all the same, "
+                f"delete {TEACHER_RECORD} there."
+            )
+
+    def _load_self(self, checkpoint: Path) -> None:
+        places = (checkpoint.parent, Path(self.args.output_dir))
+        place = next((place for place in places if (place / TEACHER_WEIGHTS).is_file()), None)
+        if place is None:
+            raise ValueError(
+                f"distill_teacher='self' is the dense model as it was when training started, and {checkpoint} has it "
+                f"no longer: {TEACHER_WEIGHTS} is missing beside it. Copy it there, or give the folder of that model "
+                "as distill_teacher."
+            )
+        try:
+            load_model(self._teacher, str(place / TEACHER_WEIGHTS))
+        except (SafetensorError, OSError, RuntimeError) as error:
+            raise ValueError(
+                f"{place / TEACHER_WEIGHTS} is not the start of this model ({error}). Copy it again, or give the "
+                "folder of that model as distill_teacher."
+            ) from error
+        self._teacher_sum = None
+        self._teacher_places.add(place)
+
+    def _checksum(self) -> str:
+        if self._teacher_sum is None:
+            self._teacher_sum = checksum("", sorted(self._teacher.state_dict().items()))
+        return self._teacher_sum
+
+
+def _read_record(checkpoint: Path) -> dict | None:
+    file = checkpoint / TEACHER_RECORD
+    if not file.is_file():
+        return None
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        if record["format_version"] != _VERSION:
+            raise ValueError(f"format {record['format_version']} is not known")
+        return {name: str(record[name]) for name in ("teacher", "crc32")}
+    except UNREADABLE as error:
+        raise ValueError(f"{file} is damaged ({error}). Copy the checkpoint again.") from error

@@ -1,0 +1,65 @@
+"""A distilled run for tests/test_distributed_teacher.py: through Trainer, or one step of a model that FSDP2 shards."""
+
+import sys
+
+import torch
+from transformers import BertConfig, BertForTokenClassification
+
+from hf_admm import ADMMTrainer, ADMMTrainingArguments
+from launch import leave
+
+
+def build(seed):
+    torch.manual_seed(seed)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=8,
+        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    return BertForTokenClassification(config)
+
+
+def rows():
+    """Of 2 to 8 tokens, so that no batch has as many as another."""
+    tokens = torch.randint(1, 64, (32, 8), generator=torch.Generator().manual_seed(0))
+    data = []
+    for i, row in enumerate(tokens):
+        mask = (torch.arange(8) < 2 + i % 7).long()
+        data.append({"input_ids": row, "attention_mask": mask, "labels": (row % 8).masked_fill(mask == 0, -100)})
+    return data
+
+
+def main(folder: str, teacher: str, batch_size: int, kind: str) -> None:
+    torch.set_num_threads(1)
+    model, data = build(0), rows()
+    args = ADMMTrainingArguments(
+        folder, max_steps=6, per_device_train_batch_size=batch_size, learning_rate=0.05, optim="sgd", admm_steps=3,
+        admm_update_steps=1, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",
+        max_grad_norm=0.0, distill_teacher=teacher, distill_logits_weight=1.0, distill_hidden_weight=0.2,
+    )  # fmt: skip
+    trainer = ADMMTrainer(model, args, train_dataset=data)
+    if kind == "trainer":
+        trainer.train()
+        logs = [log["distill/loss"] for log in trainer.state.log_history if "loss" in log]
+        found = {"logs": logs, "weights": {name: weight.detach() for name, weight in model.named_parameters()}}
+    else:
+        trainer._prepare_teacher()
+        if args.world_size > 1:
+            from torch.distributed.fsdp import fully_shard
+
+            for layer in model.bert.encoder.layer:
+                fully_shard(layer)
+            fully_shard(model)
+        mine = data[args.process_index :: args.world_size]
+        batch = {key: torch.stack([row[key] for row in mine]) for key in mine[0]}
+        trainer.current_gradient_accumulation_steps = 1
+        trainer._window = torch.tensor([32, sum(int(row["attention_mask"].sum()) for row in data)])
+        trainer.training_step(model, batch)
+        grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
+        whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
+        found = {"weights": whole}
+    torch.save(found, f"{folder}/{args.process_index}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    leave()
