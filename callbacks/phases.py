@@ -68,7 +68,7 @@ class PhaseCallback(TrainerCallback):
         if not args.is_sparse:
             return
         plan = args.phase_plan(state.max_steps)
-        if state.global_step < plan.admm_steps < state.max_steps:
+        if state.global_step <= plan.admm_steps < state.max_steps and plan.admm_steps:  # it begins with a step
             logger.warning(
                 f"Training ended after {state.global_step} of {state.max_steps} steps, in phase 1, which has "
                 f"{plan.admm_steps}: phase 2 never ran. The model is the projection of dense weights, and was not "

@@ -15,7 +15,7 @@ from hf_admm.audit import AuditReport, audit_weights
 from hf_admm.callbacks import MetricsCallback, PhaseCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
-from hf_admm.pruning.shards import DTensor
+from hf_admm.pruning.shards import DTensor, local
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
 from hf_admm.training.argument_classes import arguments_class, wrong_arguments
@@ -48,6 +48,12 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
+        order = cls.__mro__
+        if Trainer in order and order.index(Trainer) < order.index(ADMMTrainerMixin):
+            raise ValueError(
+                f"class {cls.__name__}: {ADMMTrainerMixin.__name__} stands behind the trainer, which would train "
+                f"densely. Name it first: class {cls.__name__}({ADMMTrainerMixin.__name__}, ...)."
+            )
         show_arguments(cls, ADMMTrainerMixin)
 
     def __init__(self, *positional, **kwargs):
@@ -179,9 +185,15 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         if self.args.is_sparse:
             # The gradients of all processes: where those of one are not finite, every one stops.
             norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-            if not math.isfinite(norm):
+            if not math.isfinite(norm) and self._has_broken_gradients(model):
                 self._stop_at(norm)
         return grad_norm
+
+    def _has_broken_gradients(self, model) -> bool:
+        """Squares of large gradients overflow, and their norm: clipping makes zeros of them, which harm nothing."""
+        gradients = [local(parameter.grad) for parameter in model.parameters() if parameter.grad is not None]
+        broken = torch.tensor([any(not gradient.isfinite().all() for gradient in gradients)], device=self.args.device)
+        return bool(self.accelerator.gather(broken.int()).any())
 
     def _pull_gradients(self) -> None:
         """

@@ -109,6 +109,13 @@ def test_what_a_callback_saves_on_save_loads_as_sparse(tiny_bert, token_data, tm
 # ---- A run that ends before its time, or a batch that teaches nothing ----
 
 
+class Stop(TrainerCallback):
+    """After the first step."""
+
+    def on_step_end(self, args, state, control, **kwargs):
+        control.should_training_stop = True
+
+
 def test_a_run_that_ends_in_phase_1_says_so(tiny_bert, token_data, tmp_path):
     stream = io.StringIO()
     handler = logging.StreamHandler(stream)
@@ -125,6 +132,9 @@ def test_a_run_that_ends_in_phase_1_says_so(tiny_bert, token_data, tmp_path):
             assert trainer.state.global_step == 3 and trainer.audit.ok
             told = stream.getvalue()
             assert "Training ended after 3 of 40 steps, in phase 1, which has 20: phase 2 never ran." in told
+        stream.truncate(0)
+        train(tiny_bert(), token_data(), tmp_path / "last", callbacks=[Stop()], admm_steps=1, admm_update_steps=1)
+        assert "Training ended after 1 of 12 steps, in phase 1, which has 1: phase 2 never ran." in stream.getvalue()
         stream.truncate(0)
         train(tiny_bert(), token_data(), tmp_path / "whole")
         train(tiny_bert(), token_data(), tmp_path / "all", admm_steps=12, mask_freeze_steps=0)

@@ -78,6 +78,8 @@ class ADMM(Phase):
         sums, weights = {}, self.weights
         for name, part in weights.local():
             parameter, transposed = weights.parameters[name], weights.targets[name].transposed
+            if not parameter.requires_grad:  # U would add up what can't follow it
+                continue
             anchor = self.companions[name]
             if not straddles(parameter, weights.pattern, transposed):
                 sums[name] = dual_step(part, anchor, weights.pattern, transposed, self.rho / rho)
@@ -86,7 +88,8 @@ class ADMM(Phase):
             added_up = dual_step(gather(part, parameter), whole, weights.pattern, transposed, self.rho / rho)
             anchor.copy_(scatter(whole, parameter))
             sums[name] = added_up / shard_count(parameter)  # every process has just added up all of it
-        self.figures |= residuals(weights.total(sums).tolist(), weights.entries)
+        if sums:
+            self.figures |= residuals(weights.total(sums).tolist(), weights.entries)
         self.rho = rho
 
     def before_clipping(self, settings, loss_scale):

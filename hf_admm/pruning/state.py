@@ -49,6 +49,10 @@ class ADMMState:
         self.swapped = SwappedParameters()
         self.resumed = False
         self._pulled = False  # in this step
+        self._ready = False  # for Trainer to take the step
+        self._stepped = False  # the optimizer, by other hands than Trainer's, in this step
+        self._settings: PhaseSettings | None = None  # of the step that is being taken
+        self._hooks = []  # in the optimizer
         self._sparse = False  # within `sparse_weights`
 
     def reset(self, model: nn.Module, pattern: SparsityPattern, selection: TargetSelection) -> None:
@@ -71,6 +75,7 @@ class ADMMState:
     def clear(self) -> None:
         """Forgets all there was, and leaves the last model with its dense weights."""
         self.restore_dense()
+        self._let_go()
         self.__init__()
 
     @property
@@ -113,11 +118,13 @@ class ADMMState:
 
     def before_forward(self, step: int, settings: PhaseSettings) -> None:
         """At the beginning of a step: the switch, if it is time, and what the phase does."""
-        self._pulled = False
+        self._pulled = self._ready = self._stepped = False
+        self._settings = settings
         if not self.phase.prunes:
             return
         self._follow_model()
         while self.phase.is_over(step, settings) and type(self.phase) in FOLLOWS:
+            self._follow_model(leaves_phase=True)
             self.enter(FOLLOWS[type(self.phase)], settings, step)
         self.phase.before_forward(step, settings)
 
@@ -130,7 +137,10 @@ class ADMMState:
 
     def after_clipping(self, settings: PhaseSettings) -> None:
         """Gradients are what the optimizer will see."""
-        if self.phase.prunes:
+        self._ready = True
+        if self._stepped:
+            self.restore_dense()
+        elif self.phase.prunes:
             if strength := self.phase.after_clipping(settings):
                 self.pull_gradients(strength)
 
@@ -148,11 +158,12 @@ class ADMMState:
     def finish(self) -> None:
         """Puts the zeros into the weights for good and drops what only training needs."""
         if self.phase.prunes:
-            self._follow_model()
+            self._follow_model(leaves_phase=True)
             self.restore_dense()
             self.weights.reshard()
             self.swapped.averages()
             self.phase.end()
+        self._let_go()
         self.phase = Finished(self.weights)
 
     # ---- Sparse weights, for evaluation and checkpoints ----
@@ -210,15 +221,44 @@ class ADMMState:
             )
         for name in missing:
             self.release(name, "the optimizer does not hold it")
+        self._let_go()
+        if hasattr(taken := unwrapped(optimizer), "register_step_pre_hook"):
+            self._hooks = [
+                taken.register_step_pre_hook(self._before_own_step),
+                taken.register_step_post_hook(self._after_own_step),
+            ]
 
-    def _follow_model(self) -> None:
-        """Goes on with what a callback has made of the model: a weight that is frozen or replaced is not trained."""
+    # A `training_step` of the user's may step the optimizer itself, in the middle of what Trainer takes for a step.
+    # The gradients get the penalty then, and W is moved, not what computes in its place.
+    def _before_own_step(self, *_) -> None:
+        if self._ready or self._sparse or self._settings is None or not self.phase.prunes:
+            return
+        self._pulled = False
+        self.before_clipping(self._settings)
+        if strength := self.phase.after_clipping(self._settings):
+            self.pull_gradients(strength)
+        self._stepped = True
+
+    def _after_own_step(self, *_) -> None:
+        if self._stepped and not self._ready:
+            self.phase.resume_step()
+
+    def _let_go(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _follow_model(self, leaves_phase: bool = False) -> None:
+        """
+        Goes on with what a callback has made of the model. A weight may be frozen for a part of phase 1, where nothing
+        moves it meanwhile; one that is frozen when the phase ends has not been drawn to the pattern, and stays dense.
+        """
         if self.masked:
             return
         self.weights.reshard()
         for name in self.weights.unfrozen():
             logger.warning(f"{name} was frozen when training began and is trained by now. It stays dense.")
-        for name, reason in self.weights.changes(frozen=self.phase.number == 1).items():
+        for name, reason in self.weights.changes(frozen=leaves_phase and self.phase.number == 1).items():
             if reason is None:
                 self.weights.adopt(name)
                 self.phase.adopt(name)
@@ -228,6 +268,13 @@ class ADMMState:
                 )
             else:
                 self.release(name, reason)
+        if not self.weights.parameters:
+            why = "; ".join(f"{name} ({reason})" for name, reason in list(self.weights.released.items())[:5])
+            raise ValueError(
+                f"None of the weights is left that were to be pruned, such as: {why}. Leave those trainable and in "
+                "their place that are to be sparse (a rate of 0 keeps them as they are for a part of the run), or set "
+                "sparsity_pattern='none'."
+            )
 
     def release(self, name: str, reason: str) -> None:
         """Leaves a weight dense from now on, and says so."""

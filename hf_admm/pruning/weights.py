@@ -76,7 +76,7 @@ class PrunedWeights:
 
         Args:
             frozen (`bool`):
-                Whether a weight that is frozen by now is given up.
+                Whether a weight that is frozen now is given up.
 
         Returns:
             `dict[str, str]`: For each weight that can't be pruned any more the reason, `None` for one that was

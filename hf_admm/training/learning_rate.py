@@ -85,7 +85,7 @@ def warn_of_unused_flags(args) -> None:
 def _segment(args, optimizer, run: int, steps: int, peak: float, kind: str | None):
     """The schedule of one phase, on a stand-in optimizer: only its multipliers are wanted."""
     warmup = args.get_warmup_steps(run)
-    begun = round(warmup / run * steps)
+    begun = min(round(warmup / run * steps), steps - 1)  # a warm-up alone would be a phase at a rate of 0
     kwargs = {"num_decay_steps": steps // 2, "decay_type": "linear"} if kind == "warmup_stable_decay" else None
     if not kind and args.lr_scheduler_kwargs:
         kwargs = _shares(args.lr_scheduler_kwargs, warmup, begun, steps, run)

@@ -140,3 +140,15 @@ def test_a_run_with_a_frozen_weight_resumes_to_the_same_bits(saved, tiny_bert, t
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{saved}"))
     assert_same_weights(resumed.model, weights(straight.model))
     assert resumed.audit.released == {NAME: "it was frozen in the run"}
+
+
+@pytest.mark.parametrize("step", [0, 3])
+def test_a_run_without_a_weight_left_to_prune_is_stopped(step, tiny_bert, token_data, tmp_path, caplog):
+    def freeze_layers(model):
+        model.bert.requires_grad_(False)
+
+    trainer = prepare(tiny_bert(), token_data(), tmp_path, callbacks=[At(step, freeze_layers)])
+    if not step:
+        trainer.add_callback(Recorder("on_train_begin", lambda state, model=None, **_: freeze_layers(model)))
+    with pytest.raises(ValueError, match=f"None of the weights is left that were to be pruned.*{NAME} .it was frozen"):
+        trainer.train()

@@ -47,6 +47,31 @@ def test_gradients_that_are_not_finite_stop_the_run(bad, step, tiny_bert, token_
         assert resumed.audit.ok and resumed.state.global_step == STEPS
 
 
+class Huge(ADMMTrainer):
+    """Its gradients are finite at one step, and the sum of their squares is not."""
+
+    step = 0
+
+    def training_step(self, model, *args, **kwargs):
+        loss = super().training_step(model, *args, **kwargs)
+        if self.state.global_step == self.step:
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter.grad.fill_(3e19)
+        return loss
+
+
+@pytest.mark.parametrize("step", [3, 9])
+def test_a_norm_that_overflows_does_not_stop_the_run(step, tiny_bert, token_data, tmp_path):
+    """Clipping makes zeros of such gradients, in plain `Trainer` too; without it, they are NaN."""
+    Huge.step = step
+    trainer = train(tiny_bert(), token_data(), tmp_path, Huge)
+    assert trainer.state.log_history[step]["grad_norm"] == float("inf")
+    assert trainer.audit.ok and all(weight.isfinite().all() for weight in trainer.model.parameters())
+    with pytest.raises(FloatingPointError, match=f"The norm of the gradients of step {step + 1} is inf"):
+        train(tiny_bert(), token_data(), tmp_path, Huge, max_grad_norm=0.0)
+
+
 @pytest.mark.parametrize("penalty", PENALTIES)
 def test_a_batch_without_a_label_changes_nothing(penalty, tiny_gpt2, token_data, tmp_path):
     """Its mean loss is NaN and its gradient zero, as in plain Trainer: truncated prompts are common."""

@@ -146,3 +146,48 @@ def test_the_penalty_pulls_once_a_step(cls, penalty, flags, tiny_bert, token_dat
     trainer.sparsity.pull_gradients = counted
     trainer.train()
     assert pulls == [(step, 0.1) for step in range(6)] and trainer.audit.ok
+
+
+# ---- A step that Trainer does not take ----
+
+
+class OwnSteps(ADMMTrainer):
+    """Steps the optimizer in its `training_step`, as a loop of one's own that was moved there does."""
+
+    def training_step(self, model, inputs, num_items_in_batch=None):
+        loss = super().training_step(model, inputs, num_items_in_batch)
+        self.accelerator.clip_grad_norm_(model.parameters(), self.args.max_grad_norm)
+        optimizer = self.optimizer.optimizer  # accelerate's wrapper would not step before the window is over
+        optimizer.step()
+        optimizer.zero_grad()
+        return loss
+
+
+def dense_weights(cls, *args, **flags):
+    trainer = prepare(*args, cls, admm_penalty="gradient", **flags)
+    taken = Recorder("on_step_end", lambda *_, **__: {n: w.clone() for n, w in trainer.sparsity.weights.dense()})
+    trainer.add_callback(taken)
+    trainer.train()
+    return taken.seen
+
+
+@pytest.mark.parametrize("flags", [{}, {"admm_steps": 0}, {"admm_steps": 12}])
+def test_steps_of_ones_own_move_the_dense_weights(flags, tiny_bert, token_data, tmp_path):
+    """As Trainer's step does, to the bit where the penalty is not clipped."""
+    expected = dense_weights(ADMMTrainer, tiny_bert(), token_data(), tmp_path, **flags)
+    found = dense_weights(OwnSteps, tiny_bert(), token_data(), tmp_path, **flags)
+    for mine, theirs in zip(expected, found, strict=True):
+        assert all(torch.equal(mine[name], theirs[name]) for name in mine)
+
+
+def test_each_step_of_ones_own_is_pulled_once(tiny_bert, token_data, tmp_path):
+    """Two in each of Trainer's; and nothing stays in the optimizer."""
+    trainer, pulls = (
+        prepare(tiny_bert(), token_data(), tmp_path, OwnSteps, gradient_accumulation_steps=2, admm_penalty="loss"),
+        [],
+    )
+    pull = trainer.sparsity.pull_gradients
+    trainer.sparsity.pull_gradients = lambda strength: pulls.append(trainer.state.global_step) or pull(strength)
+    trainer.train()
+    assert pulls == [step for step in range(6) for _ in range(2)]
+    assert trainer.audit.ok and not trainer.sparsity._hooks

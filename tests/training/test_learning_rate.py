@@ -222,3 +222,11 @@ def test_a_resume_goes_on_at_the_same_rates(tiny_bert, token_data, tmp_path):
     for step in (4, 8):
         resumed = run("resumed", resume_from_checkpoint=str(tmp_path / "straight" / f"checkpoint-{step}"))
         assert resumed == straight[step:]
+
+
+@pytest.mark.parametrize("run, warmup, admm_steps", [(3, 2, 2), (2, 2, 1), (2, 1, 1), (10, 10, 6)])
+@pytest.mark.parametrize("name", ["polynomial", "linear", "constant_with_warmup"])
+def test_a_warm_up_leaves_a_step_of_every_phase(name, run, warmup, admm_steps, phased):
+    """Plain `Trainer` trains at a rate above 0 in all of these, if not in each step."""
+    found = rates(phased(name, run=run, admm_steps=admm_steps, warmup_steps=warmup), run)
+    assert max(found[:admm_steps])[0] > 0 and max(found[admm_steps:])[0] > 0

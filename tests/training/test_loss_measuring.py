@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+from hf_admm import ADMMTrainer
 from hf_admm.training.loss_scaling import LossScalingMixin
 from own_losses import Hands, Means
 from tiny_runs import STEPS, prepare, train, weights
@@ -19,8 +20,16 @@ class Restless(Hands):
         super().__init__(inner)
         self.norm, self.calls, self.heat = nn.BatchNorm1d(8), 0, 1.0
         self.register_buffer("average", torch.zeros(1))
+        self.codebook, self.history, self.counts = nn.Parameter(torch.zeros(4), requires_grad=False), [], {}
+        self.moving, self.longest = torch.zeros(1), None
 
     def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        self.first = getattr(self, "first", 0) + 1  # not there before
+        self.history.append(float(input_ids.sum()))
+        self.counts["calls"] = self.counts.get("calls", 0) + 1
+        self.moving += 1
+        self.longest = torch.ones(1) + (0 if self.longest is None else self.longest)
+        self.codebook.data.add_(0.1)
         self.calls, self.heat = self.calls + 1, self.heat * 0.9
         self.average = self.average + 1
         labels[labels == 63] = -100  # in place
@@ -42,9 +51,26 @@ def test_measuring_leaves_no_trace(tiny_gpt2, token_data, tmp_path, monkeypatch)
         random.seed(0)
         trainer.train()
         assert (trainer._settled_for is trainer.model) == measures and trainer.model.calls == 2 * STEPS
-        ends.append((trainer.model.state_dict(), trainer.model.heat, random.random(), np.random.rand()))
+        model = trainer.model
+        tensors = {**model.state_dict(), "moving": model.moving, "longest": model.longest}
+        ends.append((tensors, model.heat, model.first, model.history, model.counts, random.random(), np.random.rand()))
     (one, *numbers), (other, *others) = ends
     assert numbers == others and all(torch.equal(one[name], other[name]) for name in one)
+
+
+class Counting(ADMMTrainer):
+    """Prepares its batches by their number."""
+
+    prepared = 0
+
+    def _prepare_inputs(self, inputs):
+        self.prepared += 1
+        return super()._prepare_inputs(inputs)
+
+
+def test_measuring_leaves_no_trace_in_the_trainer(tiny_bert, token_data, tmp_path):
+    trainer = train(tiny_bert(), token_data(), tmp_path, Counting, gradient_accumulation_steps=2)
+    assert trainer._averages_loss and trainer.prepared == 2 * STEPS
 
 
 def test_a_resume_measures_the_same(tiny_bert, token_data, tmp_path):

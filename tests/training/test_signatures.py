@@ -112,6 +112,14 @@ def test_a_trainer_that_makes_arguments_without_flags_is_told_so(tiny_bert, tmp_
         Mixed(tiny_bert(), str(tmp_path))
 
 
+def test_a_mixin_behind_the_trainer_is_refused():
+    """It would have no part in the training, which would be dense without a word."""
+    with pytest.raises(ValueError, match=r"Late: ADMMTrainerMixin stands behind .*class Late\(ADMMTrainerMixin, "):
+
+        class Late(RefTrainer, ADMMTrainerMixin):
+            pass
+
+
 def test_the_signature_is_that_of_the_class_mixed_into():
     assert inspect.signature(ADMMTrainer) == inspect.signature(Trainer)
     assert inspect.signature(ADMMTrainer.__init__) == inspect.signature(Trainer.__init__)
