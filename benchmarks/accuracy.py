@@ -83,12 +83,15 @@ def grid(args: argparse.Namespace) -> list[Spec]:
     if args.model_dir:
         common["model"] = Path(args.model_dir).name
     placed = []
-    for place, (name, method) in enumerate(choose(args.methods).items()):
+    order, chosen = list(METHODS), choose(args.methods)
+    for name, method in chosen.items():
         for rate in method.rates[:1] if args.one_rate or args.quick else method.rates:
             for pattern in ["none"] if method.dense else args.patterns:
                 stage = _stage(method, pattern not in ("none", args.patterns[0]), rate != method.rates[0])
                 for seed, (index, task) in product(args.seeds, enumerate(args.tasks)):
-                    placed.append(((stage, seed, place, index), Spec(task, name, pattern, seed, rate, **common)))
+                    placed.append(
+                        ((stage, seed, order.index(name), index), Spec(task, name, pattern, seed, rate, **common))
+                    )
     return [spec for _, spec in sorted(placed, key=lambda item: item[0])]
 
 

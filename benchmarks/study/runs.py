@@ -13,7 +13,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import torch
-from transformers import DataCollatorWithPadding, set_seed
+from transformers import DataCollatorWithPadding, PrinterCallback, set_seed
 from transformers.trainer_utils import get_last_checkpoint
 
 import hf_admm
@@ -261,6 +261,7 @@ def _train(spec: Spec, place: Place, folder: str, switch: Path | None) -> Simple
         data_collator=collate,
         compute_metrics=tokenized.compute_metrics,
     )
+    trainer.remove_callback(PrinterCallback)
     checkpoint = get_last_checkpoint(switch) if switch and switch.is_dir() else None
     trainer.train(resume_from_checkpoint=checkpoint)
     if switch and checkpoint is None and (written := get_last_checkpoint(folder)):

@@ -83,7 +83,7 @@ class Observer(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == args.phase_plan(state.max_steps).admm_steps < state.max_steps:
             self.log({"study/cut": cut(model, args)})
-            control.should_evaluate = True
+            control.should_log = control.should_evaluate = True
             control.should_save = control.should_save or self.saves
 
 

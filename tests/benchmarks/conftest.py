@@ -1,10 +1,15 @@
 """A tiny pre-trained model with its tokenizer, made-up tasks, and made-up lines of results."""
 
+from functools import lru_cache, partial
+
 import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForMaskedLM, PreTrainedTokenizerFast
+
+from benchmarks.study.runs import Place
+from hf_admm.commands.glue import glue_task
 
 
 WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "very", "dull", "fun"]
@@ -45,6 +50,12 @@ def data_dir(tmp_path_factory):
         rows = [f"{text}\t{int('good' in text)}" for text in texts]
         (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
     return str(folder)
+
+
+@pytest.fixture
+def place(model_dir, data_dir, tmp_path):
+    tasks = lru_cache(maxsize=None)(partial(glue_task, data_dir=data_dir))
+    return Place(model_dir, tmp_path / "work", tasks)
 
 
 @pytest.fixture
