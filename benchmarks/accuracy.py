@@ -15,6 +15,7 @@ from functools import lru_cache, partial
 from itertools import product
 from pathlib import Path
 
+import datasets
 import torch
 from transformers.utils import logging
 
@@ -152,7 +153,7 @@ def run(specs: Sequence[Spec], place: Place, results: Path, share: bool = False)
             pending = [other for other in specs[index:] if other.key not in done]
             # Those of this code alone: another takes its own time.
             left = time_left(pending, [line for key, line in done.items() if key in keys])
-            shown = "unknown" if left is None else f"{left / 3600:.1f} h"
+            shown = "unknown" if left is None else f"{left / 3600:.1f} h" if left > 3600 else f"{left / 60:.0f} min"
             name = f"{spec.task}, {spec.method}, {spec.pattern}, seed {spec.seed}, rate x{spec.rate:g}"
             print(f"[{len(specs) - len(pending) + 1}/{len(specs)}, left {shown}] {name}", flush=True)
             later = [other.phase_1_key for other in pending if other.key != spec.key]
@@ -184,6 +185,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         return
     logging.set_verbosity_error()
     logging.disable_progress_bar()
+    datasets.disable_progress_bars()
     os.environ.setdefault("TQDM_DISABLE", "1")
     model = args.model_dir or str(packaged_file(MODEL_PACKAGE, Path(MODEL_FOLDER)))
     tasks = lru_cache(maxsize=None)(partial(glue_task, data_dir=args.data_dir))

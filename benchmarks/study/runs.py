@@ -5,7 +5,7 @@ import os
 import shutil
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from functools import cached_property
 from importlib.metadata import version
@@ -167,7 +167,7 @@ class Place:
 
     model_dir: str
     work_dir: Path
-    tasks: "object"
+    tasks: Callable[[str], TextTask]
     threads: int = 1
 
     def switch(self, spec: Spec) -> Path:
@@ -184,7 +184,9 @@ def dense_of(spec: Spec) -> Spec:
     return replace(spec, method="dense", pattern="none", rate=1.0)
 
 
-def execute(spec: Spec, place: Place, share: bool = False, keep: Path | None = None) -> dict:
+def execute(
+    spec: Spec, place: Place, share: bool = False, keep: Path | None = None, before: Path | None = None
+) -> dict:
     """
     Trains, saves, and evaluates what plain `from_pretrained` loads.
 
@@ -198,6 +200,8 @@ def execute(spec: Spec, place: Place, share: bool = False, keep: Path | None = N
             run goes on from it, to the same bits.
         keep (`Path`, *optional*):
             Where to keep the model.
+        before (`Path`, *optional*):
+            Where to keep it as it is right before the switch, not projected.
 
     Returns:
         `dict`: The line of the results.
@@ -207,7 +211,7 @@ def execute(spec: Spec, place: Place, share: bool = False, keep: Path | None = N
     switch = place.switch(spec)  # before there is a trainer: making arguments resets what it has set up
     place.work_dir.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=place.work_dir, prefix=f"{spec.method}-") as folder:
-        made = _train(spec, place, folder, switch if share else None)
+        made = _train(spec, place, folder, switch if share else None, before)
         if keep is not None:
             keep.parent.mkdir(parents=True, exist_ok=True)
             shutil.rmtree(keep, ignore_errors=True)
@@ -232,7 +236,7 @@ def execute(spec: Spec, place: Place, share: bool = False, keep: Path | None = N
     }
 
 
-def _train(spec: Spec, place: Place, folder: str, switch: Path | None) -> SimpleNamespace:
+def _train(spec: Spec, place: Place, folder: str, switch: Path | None, before: Path | None) -> SimpleNamespace:
     task: TextTask = judged(place.tasks(spec.task), spec.tune)
     task = task.limited(*spec.rows) if spec.rows else task
     arguments = spec.arguments(folder)
@@ -244,17 +248,14 @@ def _train(spec: Spec, place: Place, folder: str, switch: Path | None) -> Simple
     tokenized, tokenizer = tuning._tokenized()
     set_seed(spec.seed)
     evaluations, collate = tokenized.evaluations, DataCollatorWithPadding(tokenizer)
-
-    def encode(rows):
-        return dict(collate([tokenized.train[row] for row in rows]))
-
     trainer = build(
         spec.how,
         "2:4" if spec.how.dense else spec.pattern,
         arguments,
         tuning._model(tokenizer),
-        encode,
+        lambda rows: dict(collate([tokenized.train[row] for row in rows])),
         saves=switch is not None,
+        before=before,
         train_dataset=tokenized.train,
         eval_dataset=evaluations if len(evaluations) > 1 else next(iter(evaluations.values())),
         processing_class=tokenizer,
@@ -271,8 +272,9 @@ def _train(spec: Spec, place: Place, folder: str, switch: Path | None) -> Simple
     trainer.save_model(model_dir)
     metrics = evaluate_saved(model_dir, trainer.args, tokenized, tokenizer)
     audit = None if spec.how.dense else audit_checkpoint(model_dir, spec.pattern)
-    steps = trainer.state.max_steps
-    plan = trainer.args.phase_plan(steps) if trainer.args.is_sparse else None
+    admm_steps = trainer.args.phase_plan(trainer.state.max_steps).admm_steps if trainer.args.is_sparse else 0
+    final = metrics[task.headline]
+    phase_1 = phase_1_figures(trainer.state.log_history, admm_steps, task.headline, final)
     return SimpleNamespace(
         model_dir=model_dir,
         metric=task.headline,
@@ -281,9 +283,7 @@ def _train(spec: Spec, place: Place, folder: str, switch: Path | None) -> Simple
         rows={"train": len(task.train)} | {name: len(rows) for name, rows in evaluations.items()},
         sparsity=audit.sparsity if audit else 0.0,
         broken=audit.violations if audit else 0,
-        phase_1=phase_1_figures(trainer.state.log_history, plan.admm_steps, task.headline, metrics[task.headline])
-        if plan
-        else None,
+        phase_1=phase_1,
         from_switch=checkpoint is not None,
     )
 

@@ -1,6 +1,7 @@
 """How each kind of method trains, and what is observed on the way."""
 
 from collections.abc import Callable, Sequence
+from pathlib import Path
 
 import torch
 from torch.optim.swa_utils import AveragedModel
@@ -71,10 +72,12 @@ class Observer(TrainerCallback):
     Args:
         saves (`bool`):
             Whether to save that checkpoint.
+        before (`Path`, *optional*):
+            Where to save the model as it is before the switch, not projected.
     """
 
-    def __init__(self, saves: bool):
-        self.saves, self.log = saves, None
+    def __init__(self, saves: bool, before: Path | None = None):
+        self.saves, self.before, self.log = saves, before, None
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         if state.global_step == 0:
@@ -83,6 +86,8 @@ class Observer(TrainerCallback):
     def on_step_end(self, args, state, control, model=None, **kwargs):
         if state.global_step == args.phase_plan(state.max_steps).admm_steps < state.max_steps:
             self.log({"study/cut": cut(model, args)})
+            if self.before is not None:
+                model.save_pretrained(self.before)
             control.should_log = control.should_evaluate = True
             control.should_save = control.should_save or self.saves
 
@@ -105,6 +110,7 @@ def build(
     model: PreTrainedModel,
     encode: Callable[[Sequence[int]], dict],
     saves: bool = False,
+    before: Path | None = None,
     **parts,
 ) -> Trainer:
     """
@@ -123,6 +129,8 @@ def build(
             A batch of the model's inputs from one training row, by its number.
         saves (`bool`, *optional*, defaults to `False`):
             Whether to save a checkpoint right before the switch.
+        before (`Path`, *optional*):
+            Where to save the model as it is then, not projected.
         parts:
             Of `Trainer`: `train_dataset` and the others.
 
@@ -150,7 +158,7 @@ def build(
         names = select_targets(model, args.pattern, args.include, args.exclude).targets
         sparsegpt.prune_model(model, names, pattern, lambda m: [m(**encode([row])) for row in rows])
     trainer = ADMMTrainer(model=model, args=args, **parts)
-    observer = Observer(saves)
+    observer = Observer(saves, before)
     trainer.add_callback(observer)
     observer.log = trainer.log
     return trainer

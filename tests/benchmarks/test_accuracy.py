@@ -35,7 +35,7 @@ def test_a_stopped_study_goes_on(command, monkeypatch, capsys):
     with pytest.raises(KeyboardInterrupt):
         command()
     first = capsys.readouterr().out
-    assert "[1/6, left unknown] sst2, dense, none, seed 1" in first and "[2/6, left 0." in first
+    assert "[1/6, left unknown] sst2, dense, none, seed 1" in first and "[2/6, left 0 min] sst2, rho0" in first
     made.clear()
     monkeypatch.setattr(accuracy, "execute", lambda spec, *args: made.append(spec) or execute(spec, *args))
     lines = command("--share_switch")
