@@ -35,7 +35,7 @@ bench:
 
 # Days on two cores, and goes on where it was stopped. For a folder of GLUE in the official layout: GLUE=FOLDER.
 accuracy:
-	$(PYTHON) -m benchmarks.accuracy --share_switch $(if $(GLUE),--data_dir $(GLUE))
+	$(PYTHON) -m benchmarks.accuracy $(if $(GLUE),--data_dir $(GLUE))
 	$(PYTHON) -m benchmarks.accuracy --report
 
 activation-maps:
