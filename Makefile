@@ -1,4 +1,4 @@
-.PHONY: quality style test kill fuzz quickstart bench clean
+.PHONY: quality style test kill fuzz quickstart bench accuracy activation-maps clean
 
 PYTHON ?= python
 
@@ -32,6 +32,14 @@ bench:
 	$(PYTHON) -m benchmarks.memory
 	$(PYTHON) -m benchmarks.scale
 	$(PYTHON) -m benchmarks.table
+
+# Days on two cores, and goes on where it was stopped. For a folder of GLUE in the official layout: GLUE=FOLDER.
+accuracy:
+	$(PYTHON) -m benchmarks.accuracy $(if $(GLUE),--data_dir $(GLUE))
+	$(PYTHON) -m benchmarks.accuracy --report
+
+activation-maps:
+	$(PYTHON) -m benchmarks.activation_maps $(if $(GLUE),--data_dir $(GLUE))
 
 # setuptools puts what it finds in build/ into the next wheel, files since deleted included.
 clean:

@@ -1,0 +1,143 @@
+"""
+What is compared. A method is ours with some flags set otherwise, so that all share its schedule and rates unless the
+method itself says differently; a flag that `ADMMTrainingArguments` gains reaches all of them.
+"""
+
+import importlib.util
+from dataclasses import dataclass, field, fields
+
+from hf_admm import ADMMTrainingArguments
+
+
+NO_PENALTY = {"admm_rho": 0.0}
+FIXED_MASK = {"srste_mask": "fixed", "srste_decay": 0.0}
+# One phase and one schedule, at the rate of the others' first phase or at twice it, whichever does better.
+ONE_PHASE = {"admm_steps": 0.0, "srste_lr_multiplier": 1.0}
+
+# Of these, phase 1 knows nothing: methods that differ in no other flag reach the switch with the same bits.
+PHASE_2_FLAGS = ("srste_mask", "srste_decay", "srste_lr_multiplier", "mask_update_steps", "mask_freeze_steps")
+
+
+@dataclass(frozen=True)
+class Method:
+    """
+    A way to train.
+
+    Args:
+        name (`str`):
+            On the command line and in the results.
+        title (`str`):
+            In the tables.
+        about (`str`):
+            In a sentence, for the docs.
+        flags (`dict`, *optional*):
+            Flags of `ADMMTrainingArguments` that differ from ours.
+        kind (`str`, *optional*, defaults to `"ours"`):
+            How it trains: `"ours"` (ADMMTrainer), `"dense"`, `"pat"` or `"sparsegpt"`.
+        rates (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
+            The learning rates to try, as multiples of the task's. The best by its mean over seeds is reported.
+        stage (`int`, *optional*, defaults to 2):
+            What decides first has the lowest and runs first.
+        averages (`bool`, *optional*, defaults to `False`):
+            Whether the weights of the last part of the run are averaged.
+    """
+
+    name: str
+    title: str
+    about: str
+    flags: dict = field(default_factory=dict)
+    kind: str = "ours"
+    rates: tuple[float, ...] = (1.0,)
+    stage: int = 2
+    averages: bool = False
+
+    @property
+    def dense(self) -> bool:
+        """Whether nothing is pruned."""
+        return self.kind == "dense"
+
+
+_THREE = (1.0, 0.5, 2.0)
+_TWO = (1.0, 2.0)
+_ALL = (
+    Method(
+        "dense",
+        "dense",
+        "no pruning, with the schedule and the rates of ours in both its segments, equal optimizer steps, the best of "
+        "three learning rates",
+        kind="dense",
+        rates=_THREE,
+        stage=0,
+    ),
+    Method(
+        "dense_averaged",
+        "dense, averaged",
+        "the same, and the weights of the last tenth of the run averaged",
+        kind="dense",
+        rates=_THREE,
+        averages=True,
+    ),
+    Method("ours", "ADMM, SR-STE (ours)", "`ADMMTrainingArguments()` as it is", stage=0),
+    Method(
+        "ours_teacher",
+        "ours with a teacher",
+        "the same, distilled from the dense model of the same task and seed, whose steps come on top",
+        stage=1,
+    ),
+    Method("rho0", "rho 0, SR-STE", "the same schedule, phase 1 without ADMM", NO_PENALTY, stage=0),
+    Method("admm_fixed", "ADMM, fixed mask", "the mask that ADMM ends with, frozen at the switch", FIXED_MASK),
+    Method("asp", "ASP", "dense training, cut by magnitude at the switch, then a fixed mask", NO_PENALTY | FIXED_MASK),
+    Method(
+        "sr_ste",
+        "SR-STE alone",
+        "sparse from the first step, the published decay of 2e-4; the better of two learning rates",
+        ONE_PHASE | {"srste_mask": "dynamic", "srste_decay": 2e-4},
+        rates=_TWO,
+    ),
+    Method(
+        "sparsegpt",
+        "SparseGPT, fixed mask",
+        "pruned by SparseGPT before training, with rows of the task; the better of two learning rates",
+        ONE_PHASE | FIXED_MASK,
+        kind="sparsegpt",
+        rates=_TWO,
+    ),
+    Method(
+        "pat",
+        "PAT",
+        "torchao's proximal pruning from the first step; the better of two learning rates",
+        kind="pat",
+        rates=_TWO,
+    ),
+)
+METHODS = {method.name: method for method in _ALL}
+
+
+def left_out() -> dict[str, str]:
+    """The methods that can't be run here, and why."""
+    missing = {}
+    if "distill_teacher" not in {item.name for item in fields(ADMMTrainingArguments)}:
+        missing["ours_teacher"] = "ADMMTrainingArguments has no distill_teacher"
+    if importlib.util.find_spec("torchao") is None:
+        missing["pat"] = "torchao is not installed (extra bench)"
+    return missing
+
+
+def choose(names: list[str] | None = None) -> dict[str, Method]:
+    """
+    Looks up methods.
+
+    Args:
+        names (`list[str]`, *optional*):
+            Their names; by default, all that can be run here.
+
+    Raises:
+        `ValueError`: If there is no such method, or it can't be run here.
+    """
+    missing = left_out()
+    names = [name for name in METHODS if name not in missing] if names is None else names
+    if unknown := [name for name in names if name not in METHODS]:
+        raise ValueError(f"Unknown methods: {', '.join(unknown)}. Allowed: {', '.join(METHODS)}.")
+    if absent := [f"{name} ({missing[name]})" for name in names if name in missing]:
+        raise ValueError(f"These methods can't be run here: {', '.join(absent)}. Leave them out of --methods.")
+    return {name: METHODS[name] for name in names}

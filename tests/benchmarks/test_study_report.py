@@ -1,0 +1,121 @@
+"""The docs say what the lines say, and no more."""
+
+import pytest
+
+from benchmarks import accuracy
+from benchmarks.study import report
+from benchmarks.study.lines import append
+from benchmarks.study.methods import METHODS
+
+
+PHASE_1 = {
+    **{"primal_start": 0.3, "primal_switch": 0.04, "flips_mean": 0.001, "flips_most": 0.002, "cut_start": 0.35},
+    **{"cut_switch": 0.045, "switch_metric": 0.79, "share_of_final": 0.975},
+}
+
+
+@pytest.fixture
+def lines(make_line):
+    made = []
+    for seed in (1, 2, 3):
+        noise = 0.001 * seed
+        for task, level in (("cola", 0.5), ("mrpc", 0.8)):
+            made.append(make_line("dense", level + noise, task, seed))
+            made.append(make_line("ours", level + noise, task, seed, phase_1=PHASE_1))
+            made.append(make_line("asp", level - 0.02, task, seed))
+            made.append(make_line("rho0", level + noise * (-1) ** seed, task, seed))
+    return [*made, make_line("ours", 0.7, "mrpc", 1, pattern="1:4")]
+
+
+def test_page_has_every_method_with_error_share_and_interval(lines):
+    text = report.page(lines)
+    assert "| | cola (accuracy) | mrpc (accuracy) | share of dense | ours less this, points |" in text
+    assert "| dense | 50.20 ± 0.06 | 80.20 ± 0.06 |  | +0.00 [+0.00, +0.00] |" in text
+    assert "| ADMM, SR-STE (ours) | 50.20 ± 0.06 | 80.20 ± 0.06 | 100.0% [100.0, 100.0] |  |" in text
+    assert "| ASP | 48.00 ± 0.00 | 78.00 ± 0.00 |" in text and "+2.20 [+2.11, +2.29]" in text
+    assert "| ADMM, SR-STE (ours) | mrpc | 35 % | 4.5 % | 4 % | 0.1 % | 0.2 % | 97.5 % |" in text
+    assert "3 seeds (1, 2, 3)" in text and "a processor, 1 threads" in text and "torch 2.0, transformers 5.0" in text
+    assert text.startswith("# Results\n") and "python -m benchmarks.accuracy --report" in text
+
+
+def test_claims_follow_the_intervals(lines):
+    text = report.page(lines)
+    assert "- Ours is better than ASP (+2.20 [+2.11, +2.29])." in text
+    assert "- Ours is not told apart from rho 0, SR-STE (+0.27 [" in text
+    assert "worse than" not in text
+    part = text[text.index("## 1:4") :]
+    assert "Nothing to compare yet." in part[: part.index("##", 5)]
+
+
+def test_a_single_pair_makes_no_claim(make_line):
+    text = report.page([make_line("dense", 0.8), make_line("ours", 0.9), make_line("asp", 0.1)])
+    assert "Ours is no interval, so nothing is said, against ASP (+80.00, no interval)." in text
+    assert "better than" not in text and "above dense" not in text
+    assert "Only 1 seed:" in text
+
+
+def test_what_is_missing_is_said(lines, make_line):
+    lines += [make_line("ours", None, "cola", 1, pattern="1:4"), make_line("asp", 0.5, "cola", 1, rows=[1, 1])]
+    lines += [make_line("sr_ste", 0.5, "cola", 1, broken_groups=7, source="xyz")]
+    text = report.page(lines)
+    missing = text[text.index("## What is missing") :]
+    assert "Never run: dense, averaged, ours with a teacher, ADMM, fixed mask, SparseGPT, fixed mask, PAT." in missing
+    assert "Not run: ours at 1:4, mrpc: seeds 2, 3." in missing
+    assert "Undefined metric: ours, cola, seed 1." in missing
+    assert "Left out: 1 quick or tuning runs." in missing and "7 broken groups" in missing
+    assert "2 states of the library's code" in text
+
+
+def test_rates_that_were_tried_are_said(lines, make_line):
+    lines += [make_line("dense", 0.9, "mrpc", seed, rate=0.5) for seed in (1, 2, 3)]
+    assert "Rates tried: 0.5, 1 times the task's; taken: cola 1, mrpc 0.5." in report.page(lines)
+
+
+def test_short_table_has_at_most_eight_rows(lines, make_line, monkeypatch):
+    lines += [make_line(name, 0.5, "mrpc", 1) for name in METHODS]
+    text = report.short_table(lines)
+    assert text.splitlines()[0] == "| share of dense | 2:4 | 1:4 |"
+    assert "| ASP | " in text and "95 % intervals" in text and "2 tasks of GLUE (cola, mrpc), 3 seeds" in text
+    assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 8
+    monkeypatch.setattr(report, "README_ROWS", 3)
+    assert sum(line.startswith("| ") for line in report.short_table(lines).splitlines()) == 2 + 3
+
+
+def test_no_results_make_no_table(tmp_path):
+    assert report.EMPTY in report.page([])
+    readme = tmp_path / "README.md"
+    readme.write_text(f"{report.START}\nold\n{report.END}\n")
+    report.write([], tmp_path / "docs", readme)
+    assert "old" in readme.read_text()
+
+
+def test_the_command_writes_docs_and_readme(lines, tmp_path, capsys):
+    results, docs, readme = tmp_path / "accuracy.jsonl", tmp_path / "docs", tmp_path / "README.md"
+    for line in lines:
+        append(results, line)
+    where = ["--report", "--results", str(results), "--docs", str(docs), "--readme", str(readme)]
+    readme.write_text("no place for it\n")
+    accuracy.main(where)
+    assert "left as it is" in capsys.readouterr().out and readme.read_text() == "no place for it\n"
+    readme.write_text(f"before\n{report.START}\nold\n{report.END}\nafter\n")
+    for _ in range(2):
+        accuracy.main(where)
+    text = readme.read_text()
+    assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
+    assert text.count("| ASP |") == 1 and "## 2:4" in (docs / "results.md").read_text()
+
+
+def test_plots_are_drawn_and_shown(lines, tmp_path):
+    pytest.importorskip("matplotlib", reason="an extra of its own: bench")
+    readme = tmp_path / "README.md"
+    readme.write_text("")
+    report.write(lines, tmp_path, readme)
+    plot = tmp_path / "figures" / "share_of_dense_2_4.png"
+    assert plot.read_bytes().startswith(b"\x89PNG")
+    assert "](figures/share_of_dense_2_4.png)" in (tmp_path / "results.md").read_text()
+
+
+@pytest.mark.parametrize("text", ["", report.START, f"{report.END} {report.START}", 2 * (report.START + report.END)])
+def test_broken_markers_are_refused(text):
+    with pytest.raises(ValueError, match="once each"):
+        report.replace_between(text, "")
