@@ -9,7 +9,7 @@ from dataclasses import dataclass, field, fields
 from hf_admm import ADMMTrainingArguments
 
 
-NO_PENALTY = {"admm_rho": 0.0}
+NO_PENALTY = {"admm_penalty": "distance", "admm_rho": 0.0}  # with the rates of ours
 FIXED_MASK = {"srste_mask": "fixed", "srste_decay": 0.0}
 # One phase and one schedule, at the rate of the others' first phase or at twice it, whichever does better.
 ONE_PHASE = {"admm_steps": 0.0, "srste_lr_multiplier": 1.0}

@@ -63,7 +63,8 @@ def test_keys_differ_by_all_that_matters():
 
 def test_dense_runs_are_made_anew_for_another_schedule_alone():
     base = spec("dense").key
-    assert spec("dense", flags=FLAGS | {"admm_rho": 0.5, "srste_decay": 0.1}).key == base
+    stronger = {"admm_penalty": "distance", "admm_rho": 20.0, "srste_decay": 0.1}
+    assert spec("dense", flags=FLAGS | stronger).key == base
     assert spec("dense", flags=FLAGS | {"srste_lr_multiplier": 3.0}).key != base
     assert spec("dense", flags={"admm_steps": 0.3}).key != base
 
