@@ -29,7 +29,11 @@ from hf_admm.finetuning.tweets import packaged_file
 LABELS = 3
 _LONG = 1_000_000  # steps: a run is ended by hand, long before its schedule
 # Phases of our own, each from its first step on and for ever.
-PHASES = {"phase 1": {"admm_steps": _LONG}, "phase 2": {"admm_steps": 0, "mask_freeze_steps": 0}}
+# Phase 1 in its dearer form, with an anchor for each weight.
+PHASES = {
+    "phase 1": {"admm_steps": _LONG, "admm_penalty": "loss"},
+    "phase 2": {"admm_steps": 0, "mask_freeze_steps": 0},
+}
 PEERS = ("PAT", "SR-STE in autograd", "penalty in autograd")
 
 
