@@ -103,7 +103,7 @@ def train(kind: str, width: int, layers: int, optimizer: str, started: float) ->
             "use_cpu": not torch.cuda.is_available(),
         }
         if kind == "ours":
-            flags = {"admm_steps": SWITCH, "admm_update_steps": 2, "mask_freeze_steps": 0}
+            flags = {"admm_penalty": "loss", "admm_steps": SWITCH, "admm_update_steps": 2, "mask_freeze_steps": 0}
             trainer = ADMMTrainer(model, ADMMTrainingArguments(**settings, **flags), train_dataset=data)
             clock.timer, clock.sparsity = HookTimer(trainer), trainer.sparsity
         else:
