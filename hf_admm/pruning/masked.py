@@ -41,16 +41,14 @@ class MaskedPhase(Phase):
     @tensor_work
     def residual(self) -> float:
         """The relative primal residual, `||(1 - M) * W|| / ||W||`."""
-        outside = {name: squared_outside(part, self.mask(name)) for name, part in self.weights.dense()}
-        norms = {name: squared_norm(part) for name, part in self.weights.dense()}
-        norm = self.weights.total(norms).item()
-        return (self.weights.total(outside).item() / norm) ** 0.5 if norm else 0.0
+        norm = self.weights.total({name: squared_norm(part) for name, part in self.weights.dense()}).item()
+        return (self.outside() / norm) ** 0.5 if norm else 0.0
 
+    @tensor_work
     def outside(self) -> float:
         """`||(1 - M) * W||^2`."""
-        return self.weights.total(
-            {name: squared_outside(part, self.mask(name)) for name, part in self.weights.dense()}
-        ).item()
+        squares = {name: squared_outside(part, self.mask(name)) for name, part in self.weights.dense()}
+        return self.weights.total(squares).item()
 
     def whole_companion(self, name, part):
         parameter = self.weights.parameters[name]
