@@ -47,6 +47,13 @@ def test_the_shares_add_up_whatever_the_length(steps):
     assert shares[-1] == pytest.approx(16.0 / steps * 4 / 3)
 
 
+def test_the_share_rises_as_a_cosine_to_the_middle_and_stays():
+    plan = PhasePlan(200, 100, 200)
+    shares = [plan.shrinkage(15.0, step) for step in range(100)]
+    assert shares[24] == pytest.approx(0.1) and shares[49] == pytest.approx(0.2)
+    assert shares[49:] == [shares[49]] * 51 and shares[48] < shares[49]
+
+
 @pytest.mark.parametrize(
     ("pattern", "stages"),
     [
@@ -78,6 +85,26 @@ def test_phase_1_follows_its_formulas(tiny_bert, token_data, tmp_path):
         share = plan.shrinkage(16.0, step)
         expected = torch.where(mask, moved.seen[step][name], moved.seen[step][name] / (1 + share))
         torch.testing.assert_close(after.seen[step][name], expected, rtol=1e-6, atol=1e-9)
+
+
+@pytest.mark.parametrize("decay", [None, 0.1])
+def test_phase_2_goes_on_with_the_last_share(decay, tiny_bert, token_data, tmp_path):
+    """From where the optimizer has left W; unless a decay was asked for, which is in the gradient."""
+    moved = Recorder("on_optimizer_step", lambda state, **_: None)
+    after = Recorder("on_step_end", lambda state, model=None, **_: weights(model))
+    trainer = prepare(tiny_bert(), token_data(), tmp_path, callbacks=[after], **{**OURS, "srste_decay": decay})
+    name, phase = "bert.encoder.layer.0.attention.self.query.weight", lambda: trainer.sparsity.phase
+    moved.on_optimizer_step = lambda args, state, control, model=None, **_: moved.seen.append(
+        (model.get_parameter(name).detach().clone(), phase().mask(name))
+    )
+    trainer.callback_handler.callbacks.insert(1, moved)  # ahead of our own
+    trainer.train()
+    share = trainer.args.phase_plan(48).shrinkage(16.0, 23) if decay is None else 0.0
+    assert share > 0.5 or decay
+    for step in range(24, 48):
+        before, mask = moved.seen[step]
+        expected = torch.where(mask, before, before / (1 + share))
+        torch.testing.assert_close(after.seen[step][name], expected, rtol=1e-6, atol=1e-12)
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "4x4:4", "0.5"])

@@ -47,6 +47,27 @@ def test_a_weight_that_is_frozen_in_phase_1_does_not_move(penalty, tiny_bert, to
     assert f"Left dense: {NAME} (it was frozen in the run)." in trainer.audit.verdict()
 
 
+@pytest.mark.parametrize("flags", [{}, {"admm_rho": None}], ids=["dual", "distance"])
+def test_a_weight_may_be_frozen_for_a_part_of_phase_1(flags, tiny_bert, token_data, tmp_path, caplog):
+    """Nothing moves it meanwhile, its anchor included; then it is pruned with the others."""
+
+    class Thaws(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            model.get_parameter(NAME).requires_grad = state.global_step not in range(1, 5)
+
+    held = Recorder("on_step_end", lambda state, **_: None)
+    trainer = prepare(tiny_bert(), token_data(), tmp_path, callbacks=[Thaws()], **flags)
+    held.on_step_end = lambda args, state, control, model=None, **_: held.seen.append(
+        (model.get_parameter(NAME).detach().clone(), trainer.sparsity.phase.companions[NAME].clone())
+    )
+    trainer.add_callback(held)
+    trainer.train()
+    for weight, companion in held.seen[1:5]:
+        assert torch.equal(weight, held.seen[0][0]) and torch.equal(companion, held.seen[0][1])
+    assert trainer.audit.ok and not trainer.audit.released and NAME not in caplog.text
+    assert (trainer.model.get_parameter(NAME) == 0).float().mean() == 0.5
+
+
 def test_a_weight_that_is_frozen_in_phase_2_does_not_move(tiny_bert, token_data, tmp_path, caplog):
     """It has computed with its zeros: they stay, and so do its dense values until the end."""
     trainer, seen, _ = run(tiny_bert(), token_data(), tmp_path, 8, freeze, caplog, srste_decay=0.5, learning_rate=0.01)
