@@ -87,7 +87,7 @@ def test_baselines_differ_in_the_method_alone(name, tmp_path):
         ("sr_ste", 0, 100, None, True),
         ("admm_fixed", 50, 50, True, False),
         ("admm_sr_ste", 50, 90, True, True),
-        ("admm_dual", 50, 90, True, True),
+        ("admm_dual", 60, 90, True, True),
         ("dense_sr_ste", 50, 90, False, True),
     ],
 )
