@@ -37,13 +37,14 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
 
         > Parameters that control phase 1, ADMM
 
-        admm_steps (`float`, *optional*, defaults to `0.5`):
+        admm_steps (`float`, *optional*, defaults to `0.6`):
             Length of phase 1: a share of the run if below 1, else optimizer steps.
         admm_penalty (`str`, *optional*):
-            What pulls the weights to the pattern. `"distance"`: after each step, what the projection would prune
-            shrinks by a share that adapts to the length of the phase; nothing is to be tuned. The others are ADMM with
-            its dual variable, in full: `"loss"`, the penalty's exact gradient joins the gradient of the loss, before
-            clipping; `"gradient"`, after it; `"decoupled"`, a proximal step beside the optimizer, as AdamW's decay.
+            What pulls the weights to the pattern. `"distance"`: in the last part of the phase, after each step, what
+            the projection would prune shrinks by a share that adapts to its length; nothing is to be tuned. The others
+            are ADMM with its dual variable, in full: `"loss"`, the penalty's exact gradient joins the gradient of the
+            loss, before clipping; `"gradient"`, after it; `"decoupled"`, a proximal step beside the optimizer, as
+            AdamW's decay.
             `None` takes `"distance"`, or `"loss"` if `admm_rho` is given.
         admm_rho (`float`, *optional*):
             Strength of the penalty. `None` takes the default of `admm_penalty`: 0.01 for `"loss"`, 0.003 for
@@ -52,7 +53,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
             shrinks to `exp(-admm_rho)` of its size. `0` trains phase 1 without a penalty.
         admm_rho_schedule (`str`, *optional*, defaults to `"constant"`):
             How rho grows to `admm_rho` over phase 1: `"constant"`, `"linear"`, `"cosine"` or `"exponential"`. Not for
-            `"distance"`, whose share rises over the first half of the phase.
+            `"distance"`, which pulls in the last 0.4 of the phase (0.7 if less than half is kept).
         admm_update_steps (`int`, *optional*):
             Optimizer steps between two updates of the mask, or of Z and U. `None` takes a 24th of phase 1 for
             `"distance"`, 64 for the others.
@@ -108,7 +109,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         metadata={"help": "Names of the modules to leave dense: suffixes, or one regular expression."},
     )
     admm_steps: float = field(
-        default=0.5,
+        default=0.6,
         metadata={"help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps."},
     )
     admm_rho: float | None = field(

@@ -31,22 +31,30 @@ class PhasePlan:
             Length of phase 1; phase 2 has the rest.
         freeze_step (`int`):
             The step from which on the mask of phase 2 stays as it is.
+        pull_start (`float`, *optional*, defaults to 0.6):
+            The share of phase 1 after which `distance` begins to pull.
     """
 
     max_steps: int
     admm_steps: int
     freeze_step: int
+    pull_start: float = 0.6
 
     @property
     def segments(self) -> list[int]:
         """Lengths of the phases that exist."""
         return [steps for steps in (self.admm_steps, self.max_steps - self.admm_steps) if steps]
 
+    def pull_progress(self, step: int) -> float:
+        """How far the last part of phase 1 is gone, in which `distance` pulls; 0 before it."""
+        return max(0.0, (step / max(1, self.admm_steps) - self.pull_start) / (1 - self.pull_start))
+
     def shrinkage(self, total: float, step: int) -> float:
         """
         By what share the penalty of phase 1 shrinks a pruned entry after step `step`, relative to what is left of it.
 
-        It rises over the first half of the phase, and stays: what it is then, W is near the pattern, and trains there.
+        It is 0 while the dense weights learn the task; then it rises for half of what is left of the phase, and stays:
+        what it is then, W is near the pattern, and trains there.
 
         Args:
             total (`float`):
@@ -54,12 +62,12 @@ class PhasePlan:
             step (`int`):
                 Optimizer steps done.
         """
-        progress = (step + 1) / max(1, self.admm_steps)
-        return total / max(1, self.admm_steps) * 2 * _cosine(min(1.0, 2 * progress)) / 1.5
+        steps = max(1, self.admm_steps) * (1 - self.pull_start)
+        return total / steps * _cosine(min(1.0, 2 * self.pull_progress(step + 1))) / 0.75
 
     def stage_progress(self, step: int) -> float:
-        """How far the way to the final pattern is gone: it ends with the first half of phase 1."""
-        return min(1.0, 2 * step / max(1, self.admm_steps))
+        """How far the way to the final pattern is gone: it begins with the pull and ends halfway through it."""
+        return min(1.0, 2 * self.pull_progress(step))
 
     def rho(self, admm_rho: float, schedule: str, step: int) -> float:
         """

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults
+from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults, pull_start
 from hf_admm.pruning.phases import PhaseSettings
 from hf_admm.pruning.schedules import PhasePlan, to_steps
 from hf_admm.sparsity.naming import as_names
@@ -95,4 +95,5 @@ class DerivedFlags:
         admm_steps = to_steps("admm_steps", self.admm_steps, max_steps)
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
         freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
-        return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step))
+        start = pull_start(self.pattern) if self.is_sparse else 0.0
+        return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step), start)

@@ -61,12 +61,12 @@ WITHOUT_COUNTS = [
 ]
 
 
-def test_the_defaults_hold_the_rate_and_let_it_fall_then_double_it(phased):
+def test_the_defaults_hold_the_rate_then_double_it(phased):
     """Unless the user has chosen a schedule: then it is that of both phases."""
     found = rates(phased("linear", admm_penalty="distance", warmup_steps=5), 20)
-    stable = plain("warmup_stable_decay", {"num_decay_steps": 6, "decay_type": "linear"}, 12, warmup=3)
-    torch.testing.assert_close(torch.tensor(found), torch.tensor(stable + plain("linear", None, 8, 2, 2.0)))
-    assert stable[3:6] == [[PEAK, 0.3 * PEAK]] * 3 and stable[-1][0] == pytest.approx(PEAK / 6)
+    held = plain("constant_with_warmup", None, 12, warmup=3)
+    torch.testing.assert_close(torch.tensor(found), torch.tensor(held + plain("linear", None, 8, 2, 2.0)))
+    assert held[3:] == [[PEAK, 0.3 * PEAK]] * 9
     chosen = rates(phased("cosine", admm_penalty="distance"), 20)
     torch.testing.assert_close(
         torch.tensor(chosen), torch.tensor(plain("cosine", None, 12) + plain("cosine", None, 8, peak=2.0))
