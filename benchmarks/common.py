@@ -100,8 +100,7 @@ def row(figure: str, values: Sequence[float] | None = None, **fields) -> dict:
             The ratio of each round, or a single figure.
         fields:
             `at_most` or `at_least` (the target), `unit` (by default a ratio), `beside` (figures of others from the
-            same run, by name), `headline` (whether the README shows the line, by default where there is a target), and
-            whatever else is to be kept.
+            same run, by name), and whatever else is to be kept.
 
     Returns:
         `dict`.

@@ -32,9 +32,10 @@ from hf_admm.pruning.weights import PrunedWeights
 
 
 FIRST, LAST = 2, 6  # the steps that are watched: the first ones allocate gradients and the optimizer's state
-BFLOAT16 = "phase 1, admm_state_dtype bfloat16"
-OURS = {"phase 1": "phase 1", BFLOAT16: "phase 1", "phase 2": "phase 2"}
-STATE_AT_MOST = {"phase 1": 1.05, BFLOAT16: 0.55, "phase 2": 1.05}
+DUAL, BFLOAT16 = "phase 1, admm_penalty loss", "phase 1, admm_penalty loss, admm_state_dtype bfloat16"
+OURS = {"phase 1": "phase 1", DUAL: "phase 1", BFLOAT16: "phase 1", "phase 2": "phase 2"}
+FLAGS = {DUAL: {"admm_penalty": "loss"}, BFLOAT16: {"admm_penalty": "loss", "admm_state_dtype": "bfloat16"}}
+STATE_AT_MOST = {"phase 1": 0.05, DUAL: 1.05, BFLOAT16: 0.55, "phase 2": 1.05}
 
 
 class Watch(TrainerCallback):
@@ -107,7 +108,7 @@ def watch(name: str, batch: int, tokens: int, model=None) -> dict:
         if model is None:
             # The weights come from a file that is mapped into memory; a copy makes them allocations like any other.
             model = minilm()[0]
-        flags = {"admm_update_steps": 2} | ({"admm_state_dtype": "bfloat16"} if name == BFLOAT16 else {})
+        flags = {"admm_update_steps": 2} | FLAGS.get(name, {})
         settings = {"per_device_train_batch_size": batch, "logging_steps": 1}
         data = Tokens(tokens, model.config.vocab_size)
         trainer = build(OURS.get(name, name), model, data, folder, flags, **settings)

@@ -48,7 +48,6 @@ def measure(pattern: str, dtype: str, threads: int, size: int, rounds: int, devi
         figure,
         ratios(seconds[fastest], seconds["ours"]),
         at_least=AT_LEAST.get(pattern, 3.0),
-        headline=pattern in AT_LEAST or (dtype == "fp32" and threads == 1),
         fastest=fastest,
         beside={name: other["median"] for name, other in others.items()},
         milliseconds={name: summary([1e3 * s for s in times]) for name, times in seconds.items()},

@@ -140,17 +140,17 @@ def compare(size: str, optimizer: str, plain: list[dict], ours: list[dict]) -> l
             per_parameter.append(1e9 * statistics.median(hooks) / run["pruned"])
             state.append(run["held"][SWITCH - 1 if phase == "phase 1" else LAST - 1] / run["pruned_bytes"])
         note = f"per pruned parameter; {optimizer}"
-        rows.append(row(f"our code in a step of {phase}, {label}", per_parameter, unit="ns", headline=True, note=note))
-        rows.append(row(f"state of {phase}, {label}", state, at_most=1.05, headline=False))
+        rows.append(row(f"our code in a step of {phase}, {label}", per_parameter, unit="ns", note=note))
+        rows.append(row(f"state of {phase}, {label}", state, at_most=1.05))
     starts = [a["first_step"] / b["first_step"] for a, b in zip(ours, plain, strict=True)]
     note = f"{statistics.median([run['first_step'] for run in ours]):.1f} s"
-    rows.append(row(f"process start to the end of the first step, {label}", starts, headline=False, note=note))
+    rows.append(row(f"process start to the end of the first step, {label}", starts, note=note))
     for index, phase in enumerate(PHASES):
         saves = [a["saves"][index] / b["saves"][index] for a, b in zip(ours, plain, strict=True)]
         note = f"{statistics.median([run['saves'][index] for run in ours]):.2f} s"
-        rows.append(row(f"time of a checkpoint in {phase}, {label}", saves, headline=False, note=note))
+        rows.append(row(f"time of a checkpoint in {phase}, {label}", saves, note=note))
     sizes = [sum(a["files"].values()) / sum(b["files"].values()) for a, b in zip(ours, plain, strict=True)]
-    rows.append(row(f"size of a checkpoint, {label}", sizes, headline=False, files=ours[0]["files"]))
+    rows.append(row(f"size of a checkpoint, {label}", sizes, files=ours[0]["files"]))
     for entry in rows:
         entry["size"] = size
     return rows

@@ -102,7 +102,6 @@ def _rows(case: str, times: dict) -> list[dict]:
                 figure,
                 ratios(wall, plain["wall"]),
                 **target,
-                headline=True,
                 beside=others,
                 note=f"by the time in our own code: {statistics.median(in_hooks):.4f}",
                 by_hooks=summary(in_hooks),
@@ -115,7 +114,7 @@ def _rows(case: str, times: dict) -> list[dict]:
         )
     for name in others:
         rows.append(
-            row(f"step of {name}, batch {case}", ratios(times[name]["wall"], plain["wall"]), headline=False)
+            row(f"step of {name}, batch {case}", ratios(times[name]["wall"], plain["wall"]))
             | {"cpu_time": summary(ratios(times[name]["cpu"], plain["cpu"]))}
         )
     return rows

@@ -64,8 +64,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         admm_state_offload (`bool`, *optional*, defaults to `False`):
             Keeps the anchors of weights on a GPU in page-locked CPU memory, in both phases; each step copies them.
         admm_lr_scheduler_type (`str`, *optional*):
-            Schedule of the learning rate in phase 1, one of those without arguments. `None` takes `lr_scheduler_type`.
-            With `"constant_with_warmup"` W can follow Z until the switch, and phase 2 begins without a jump.
+            Schedule of the learning rate in phase 1, one of those without arguments. `None` takes `lr_scheduler_type`,
+            but `"constant_with_warmup"` for `"distance"` where that is `"linear"`: so W can follow the penalty until
+            the switch.
 
         > Parameters that control phase 2, SR-STE
 
@@ -150,7 +151,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={
             "help": f"Schedule of the learning rate in phase 1: {', '.join(PLAIN_SCHEDULERS)}. By default "
-            "lr_scheduler_type."
+            "lr_scheduler_type; for admm_penalty 'distance', if that is 'linear', 'constant_with_warmup'."
         },
     )
     srste_mask: str = field(
