@@ -104,21 +104,21 @@ def apply_config(parser: ArgumentParser, name_or_path: str | PathLike) -> None:
             The recipe, see [`load_config`].
 
     Raises:
-        `ValueError`: If there is no such recipe, or it has keys that are no flags of the parser; `config` is none, since
-            a recipe names no other.
+        `ValueError`: If there is no such recipe, or it has keys that are no flags of the parser. `config` is none: a
+            recipe names no other.
     """
     values = load_config(name_or_path)
     known = {action.dest for action in parser._actions} - {"help", "config", SUPPRESS}
     if unknown := [key for key in values if key not in known]:
         raise ValueError(
-            f"Config {str(name_or_path)!r} has keys that are no flags: {with_hints(unknown, sorted(known))}. Take them "
-            "out, or choose another config."
+            f"Config {str(name_or_path)!r} has keys that are no flags: {with_hints(unknown, sorted(known))}. Take "
+            "them out, or choose another config."
         )
     parser.set_defaults(**{name: as_typed(value) for name, value in values.items()})
 
 
 def as_typed(value: Any) -> Any:
-    """A value as text: as a default it goes through the conversions and checks of what is typed on the command line."""
+    """A value as text: a default that is text goes through the conversions and checks of what is typed."""
     return str(value) if isinstance(value, bool | int | float) else value
 
 
