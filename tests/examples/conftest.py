@@ -72,9 +72,8 @@ def run(tmp_path, capsys):
         metrics = load(name).main([text for flag, value in flags.items() for text in (f"--{flag}", str(value))])
         report = audit_checkpoint(tmp_path / "out")
         assert report.ok and report.pattern == pattern and report.recorded == len(report.sparse) == weights
-        assert (
-            f"OK: every group of every sparse weight ({weights} of them) obeys {pattern}." in capsys.readouterr().out
-        )
+        verdict = f"{tmp_path / 'out'}: OK: every group of every sparse weight ({weights} of them) obeys {pattern}."
+        assert verdict in capsys.readouterr().out.splitlines()
         assert json.loads((tmp_path / "out" / "eval_results.json").read_text()) == metrics
         return metrics
 

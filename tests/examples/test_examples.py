@@ -1,10 +1,12 @@
 """Each example trains through both phases, evaluates, saves a model that obeys the pattern, and audits it."""
 
 import math
+import re
+import shlex
 
 import pytest
 import torch
-from scripts import BERT, VOCABULARY, load
+from scripts import BERT, EXAMPLES, VOCABULARY, load
 from transformers import (
     AutoModelForSequenceClassification,
     BertConfig,
@@ -198,3 +200,35 @@ def test_a_dense_baseline_is_not_audited(save, write, tmp_path, capsys):
 def test_a_recipe_for_something_else_is_refused_by_name(save, write, run):
     with pytest.raises(ValueError, match=r"Config 'mrpc' has keys that are no flags: task_name"):
         run("text_classification", 6, config="mrpc", model_name_or_path="m", **files(write, REVIEWS))
+
+
+COMMANDS = re.findall(
+    r"^python examples/(\w+)\.py ((?:.*\\\n)*.*)$", (EXAMPLES.parent / "docs" / "examples.md").read_text(), re.M
+)
+
+
+NEEDS = {
+    "embeddings": "sentence_transformers",
+    "image_classification": "PIL",
+    "sft": "trl",
+    "summarization": "rouge_score",
+    "token_classification": "seqeval",
+}
+
+
+def test_the_documentation_names_every_example():
+    pages = "".join(page.read_text() for page in (EXAMPLES.parent / "docs").rglob("*.md"))
+    assert [path.name for path in EXAMPLES.glob("*.py") if f"examples/{path.name}" not in pages] == []
+    assert len(COMMANDS) >= 9
+
+
+@pytest.mark.parametrize(("name", "arguments"), COMMANDS, ids=[name for name, _ in COMMANDS])
+def test_the_command_of_the_documentation_is_understood(name, arguments, tmp_path, monkeypatch):
+    pytest.importorskip(NEEDS.get(name, "datasets"))
+    monkeypatch.chdir(tmp_path)
+    argv = shlex.split(arguments.replace("\\\n", " "))
+    # The flags are parsed, and then neither the data nor the model is there.
+    with pytest.raises(
+        (OSError, ValueError), match=r"train|Couldn't|not a local folder|offline|Unable|cached|connect"
+    ):
+        load(name).main([*argv, "--use_cpu", *(["--bf16", "false"] if name == "sft" else [])])
