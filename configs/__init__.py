@@ -4,10 +4,14 @@
 compare with.
 """
 
+import difflib
 import re
+from argparse import SUPPRESS, ArgumentParser
+from collections.abc import Iterable
 from importlib import resources
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 import yaml
 
@@ -81,3 +85,47 @@ def load_config(name_or_path: str | PathLike) -> dict:
             f"{config!r:.80}."
         )
     return config
+
+
+def apply_config(parser: ArgumentParser, name_or_path: str | PathLike) -> None:
+    """
+    Makes a recipe's values the defaults of a parser, so that flags on the command line win.
+
+    ```python
+    parser = HfArgumentParser((ScriptArguments, ADMMTrainingArguments))
+    apply_config(parser, "2_4")
+    script, args = parser.parse_args_into_dataclasses()
+    ```
+
+    Args:
+        parser (`argparse.ArgumentParser`):
+            The parser, an [`~transformers.HfArgumentParser`] for example.
+        name_or_path (`str` or `os.PathLike`):
+            The recipe, see [`load_config`].
+
+    Raises:
+        `ValueError`: If there is no such recipe, or it has keys that are no flags of the parser. `config` is none: a
+            recipe names no other.
+    """
+    values = load_config(name_or_path)
+    known = {action.dest for action in parser._actions} - {"help", "config", SUPPRESS}
+    if unknown := [key for key in values if key not in known]:
+        raise ValueError(
+            f"Config {str(name_or_path)!r} has keys that are no flags: {with_hints(unknown, sorted(known))}. Take "
+            "them out, or choose another config."
+        )
+    parser.set_defaults(**{name: as_typed(value) for name, value in values.items()})
+
+
+def as_typed(value: Any) -> Any:
+    """A value as text: a default that is text goes through the conversions and checks of what is typed."""
+    return str(value) if isinstance(value, bool | int | float) else value
+
+
+def with_hints(unknown: Iterable[str], known: Iterable[str]) -> str:
+    """Unknown names, each with the known one that is next to it."""
+    shown = []
+    for name in unknown:
+        close = difflib.get_close_matches(name.split("=")[0], known, n=1)
+        shown.append(f"{name} (did you mean {close[0]}?)" if close else name)
+    return ", ".join(shown)

@@ -9,7 +9,7 @@ from transformers import HfArgumentParser, TrainingArguments
 
 from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.commands.glue import GlueArguments
-from hf_admm.configs import available_configs, load_config
+from hf_admm.configs import apply_config, available_configs, load_config
 from hf_admm.finetuning.glue import GLUE_TASKS
 
 
@@ -167,3 +167,31 @@ def test_a_file_must_be_plain_yaml(text, tmp_path):
     path.write_text(text)
     with pytest.raises(ValueError, match=r"mine.yaml' is not valid YAML: "):
         load_config(path)
+
+
+def parsed(recipe, *argv):
+    parser = HfArgumentParser(ADMMTrainingArguments)
+    apply_config(parser, recipe)
+    return parser.parse_args_into_dataclasses(["--output_dir", "out", *argv])[0]
+
+
+def test_a_recipe_gives_a_parser_its_defaults_and_flags_win(tmp_path):
+    arguments = parsed("1_4", "--num_train_epochs", "2")
+    assert (arguments.sparsity_pattern, arguments.learning_rate, arguments.num_train_epochs) == ("1:4", 1e-4, 2)
+    path = tmp_path / "mine.yaml"
+    path.write_text(
+        "sparsity_pattern: 0.5\nbf16: false\nwarmup_steps: 0.1\nsparsity_exclude: [query, key]\nadmm_rho: null\n"
+    )
+    arguments = parsed(path)
+    assert (arguments.sparsity_pattern, arguments.bf16, arguments.warmup_steps) == ("0.5", False, 0.1)
+    assert (arguments.sparsity_exclude, arguments.admm_rho) == (["query", "key"], None)
+
+
+def test_a_recipe_with_keys_that_are_no_flags_is_refused_by_all_of_them(tmp_path):
+    path = tmp_path / "mine.yaml"
+    path.write_text("learning_rte: 1\nconfig: 2_4\nhelp: true\nseed: 1\n")
+    hint = r"no flags: learning_rte \(did you mean learning_rate\?\), config.*, help"
+    with pytest.raises(ValueError, match=hint):
+        parsed(path)
+    with pytest.raises(ValueError, match="Config 'mrpc' has keys that are no flags: task_name"):
+        parsed("mrpc")

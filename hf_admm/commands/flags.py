@@ -1,7 +1,6 @@
 """What the training commands share: their flags, and where a flag's value comes from."""
 
 import dataclasses
-import difflib
 from argparse import SUPPRESS, ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -10,7 +9,7 @@ from typing import Any, NoReturn, TypeVar
 from transformers import HfArgumentParser
 
 from hf_admm.arguments import ADMMTrainingArguments
-from hf_admm.configs import load_config
+from hf_admm.configs import apply_config, as_typed, with_hints
 
 
 # Fine-tuning a pre-trained encoder; any of them gives way to the config and the command line.
@@ -105,39 +104,19 @@ def parse_flags(
         `ValueError`: If a flag, a key of the config or a value is not allowed.
     """
     parser = _Parser((command_type, ADMMTrainingArguments), prog=prog, description=description, allow_abbrev=False)
-    known = {action.dest for action in parser._actions if action.dest not in ("help", SUPPRESS)}
-    values = {**defaults, **_config_values(argv, known)}
-    # As text they go through the same conversions and checks as what is typed on the command line.
-    parser.set_defaults(**{name: _as_typed(value) for name, value in values.items()})
+    parser.set_defaults(**{name: as_typed(value) for name, value in defaults.items()})
+    if (config := _config(argv)) is not None:
+        apply_config(parser, config)
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        raise ValueError(f"{prog} does not know {_with_hints(unknown, [f'--{name}' for name in known])}.")
+        known = [f"--{action.dest}" for action in parser._actions if action.dest not in ("help", SUPPRESS)]
+        raise ValueError(f"{prog} does not know {with_hints(unknown, known)}.")
     parsed = vars(namespace)
     own = {item.name: parsed.pop(item.name) for item in dataclasses.fields(command_type)}
     return command_type(**own), parsed
 
 
-def _config_values(argv: Sequence[str], known: set[str]) -> dict[str, Any]:
+def _config(argv: Sequence[str]) -> str | None:
     finder = ArgumentParser(add_help=False, allow_abbrev=False, exit_on_error=False)
     finder.add_argument("--config", nargs="?")
-    name = finder.parse_known_args(list(argv))[0].config
-    if name is None:
-        return {}
-    values = load_config(name)
-    if unknown := [key for key in values if key not in known or key == "config"]:
-        raise ValueError(
-            f"Config {name!r} has keys that are no flags: {_with_hints(unknown, sorted(known - {'config'}))}."
-        )
-    return values
-
-
-def _as_typed(value: Any) -> Any:
-    return str(value) if isinstance(value, bool | int | float) else value
-
-
-def _with_hints(unknown: Sequence[str], known: Sequence[str]) -> str:
-    shown = []
-    for name in unknown:
-        close = difflib.get_close_matches(name.split("=")[0], known, n=1)
-        shown.append(f"{name} (did you mean {close[0]}?)" if close else name)
-    return ", ".join(shown)
+    return finder.parse_known_args(list(argv))[0].config
