@@ -14,7 +14,7 @@ from benchmarks.common import RESULTS
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 ROOT = Path(__file__).parent.parent
-ORDER = ("step_overhead", "projection", "memory", "scale", "serving")
+ORDER = ("step_overhead", "projection", "memory", "scale", "serving", "serving_cpu")
 PREAMBLE = """# Benchmarks
 
 `make bench` takes every figure anew and writes this page and the README's table. Each is a ratio of times or bytes
