@@ -13,7 +13,6 @@ from benchmarks.common import RESULTS
 
 START, END = "<!-- bench:start -->", "<!-- bench:end -->"
 ROOT = Path(__file__).parent.parent
-ORDER = ("step_overhead", "projection", "memory", "scale", "serving")
 # The README's rows: what a user pays for.
 SHORT = (
     "step of phase 1, batch 32x32",
@@ -25,6 +24,7 @@ SHORT = (
     "state of phase 2",
     "peak of phase 2 without the state",
 )
+ORDER = ("step_overhead", "projection", "memory", "scale", "serving", "serving_cpu")
 PREAMBLE = """# Benchmarks
 
 `make bench` takes every figure anew and writes this page and the README's table. Each is a ratio of times or bytes

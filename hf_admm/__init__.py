@@ -15,6 +15,7 @@ if (_root / "setup.cfg").is_file() and not (Path(__file__).parent / "callbacks")
 if TYPE_CHECKING:
     from hf_admm.arguments import ADMMArgumentsMixin, ADMMTrainingArguments
     from hf_admm.audit import audit_checkpoint
+    from hf_admm.export import export_onnx
     from hf_admm.inference import accelerate_inference, restore_dense
     from hf_admm.sparsity.patterns import parse_pattern
     from hf_admm.sparsity.projections import project, sparsity_mask
@@ -28,6 +29,7 @@ _HOMES = {
     "ADMMTrainingArguments": "arguments",
     "accelerate_inference": "inference",
     "audit_checkpoint": "audit",
+    "export_onnx": "export",
     "parse_pattern": "sparsity.patterns",
     "project": "sparsity.projections",
     "restore_dense": "inference",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "accelerate_inference",
     "audit_checkpoint",
+    "export_onnx",
     "parse_pattern",
     "project",
     "restore_dense",

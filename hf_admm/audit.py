@@ -1,8 +1,8 @@
 """Does every group of every sparse weight obey its pattern? Asked of live weights, or of any checkpoint on disk.
 
-A checkpoint is audited from its safetensors alone, one tensor in memory at a time. Which of its weights should be
-sparse is told by the record that training leaves beside them ([`read_record`]); matrices that no record names are
-judged by their zeros:
+A checkpoint is audited from its safetensors alone, an exported model from its ONNX file alone, one tensor in memory at
+a time. Which of the weights should be sparse is told by the record that training leaves beside them ([`read_record`])
+and an export takes along; matrices that no record names are judged by their zeros:
 
 - Zeros that a weight has lost leave no trace: without a record, it passes for dense unless it is named as expected.
 - A dense weight has next to no exact zeros, and a pruned one keeps nearly all of its zeros when some entries are
@@ -10,7 +10,7 @@ judged by their zeros:
   `(1 - density) / 2` of its entries: at `2:4`, one entry may have been changed in every group and it still counts.
 - Rows of zeros are left out of that count, because they are the padding or the unused tokens of an embedding.
 - safetensors does not say whether a matrix is `(out, in)` or transposed, as in GPT-2's `Conv1D`, so both ways are
-  tried and the one with fewer broken groups is taken, `(out, in)` if they are equal.
+  tried and the one with fewer broken groups is taken, `(out, in)` if they are equal. The graph of an ONNX file says.
 """
 
 from collections.abc import Iterable, Mapping
@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from hf_admm.checkpoints.folders import Checkpoint
+from hf_admm.checkpoints.onnx_files import ONNX_SUFFIX, OnnxModel
 from hf_admm.sparsity.naming import check_expression, matches, name_entries
 from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
 from hf_admm.sparsity.projections import broken_groups
@@ -231,12 +232,12 @@ def audit_checkpoint(
     at_least: int = 1,
 ) -> AuditReport:
     """
-    Audits a checkpoint from its safetensors alone; no model is built.
+    Audits a checkpoint from its safetensors alone, or an ONNX file; no model is built.
 
     Args:
         path (`str` or `Path`):
             A folder with `model.safetensors` or with an index and its shards, one of Sentence Transformers or with its
-            weights in folders of that one, or one `.safetensors` file.
+            weights in folders of that one, or one `.safetensors` or `.onnx` file (needs the package `onnx`).
         pattern ([`SparsityPattern`] or `str`, *optional*):
             The pattern. Defaults to the recorded one if the checkpoint holds a record, else to `"2:4"`.
         expect (`list[str]` or `str`, *optional*):
@@ -252,13 +253,14 @@ def audit_checkpoint(
         `ValueError`: If there are no safetensors, a file is damaged or missing, or the pattern is invalid.
     """
     check_expression(expect, "--expect")
-    checkpoint = Checkpoint.find(Path(path))
+    path = Path(path)
+    checkpoint = (OnnxModel if path.suffix == ONNX_SUFFIX else Checkpoint).find(path)
     pattern = parse_pattern(str(pattern or checkpoint.pattern or DEFAULT_PATTERN))
     entries = name_entries(expect)
     weights, unmet = [], list(entries)
-    for name, tensor, transposed in checkpoint.tensors():
-        known, matrix = transposed is not None, tensor.dim() == 2 and tensor.is_floating_point()
-        if not (known or matrix):
+    for name, tensor, recorded, transposed in checkpoint.tensors():
+        matrix = tensor.dim() == 2 and tensor.is_floating_point()
+        if not (recorded or matrix):
             continue
         if tensor.dtype == _PACKED:
             raise ValueError(
@@ -267,8 +269,8 @@ def audit_checkpoint(
             )
         wanted = [entry for entry in entries if matches(name.removesuffix(".weight"), entry) or matches(name, entry)]
         unmet = [entry for entry in unmet if entry not in wanted]
-        judged = _audit_target(name, tensor, transposed, pattern) if known else None
-        weights.append(judged or _audit_unknown(name, tensor, pattern, expected=bool(wanted)))
+        judged = _audit_target(name, tensor, transposed, pattern) if recorded else None
+        weights.append(judged or _audit_unknown(name, tensor, transposed, pattern, expected=bool(wanted)))
     unmet = [entry if isinstance(entry, str) else entry[0] for entry in unmet]
     weights += [WeightAudit(name, (), "missing") for name in [*checkpoint.unseen, *unmet]]
     note = {None: NO_RECORD, 0: EMPTY_RECORD}.get(checkpoint.recorded, "")
@@ -287,14 +289,17 @@ def _audit_target(name: str, tensor: torch.Tensor, transposed: bool, pattern: Sp
     return WeightAudit(name, shape, "broken" if count else "ok", zeros, broken.numel(), count, transposed)
 
 
-def _audit_unknown(name: str, tensor: torch.Tensor, pattern: SparsityPattern, expected: bool = False) -> WeightAudit:
-    """Audits a matrix without a record: whether it should be sparse, and which way round it is stored."""
+def _audit_unknown(
+    name: str, tensor: torch.Tensor, transposed: bool | None, pattern: SparsityPattern, expected: bool = False
+) -> WeightAudit:
+    """Audits a matrix without a record: whether it should be sparse and, if that is unknown, how it is stored."""
     shape, zeros = tuple(tensor.shape), int((tensor == 0).sum())
     if zeros == tensor.numel() and not expected:
         return WeightAudit(name, shape, "all zero", zeros)
-    if not expected and not _looks_pruned(tensor, pattern):
+    if not expected and not _looks_pruned(tensor.t() if transposed else tensor, pattern):
         return WeightAudit(name, shape, "dense", zeros)
-    ways = [transposed for transposed in (False, True) if _fits(tensor, pattern, transposed)]
+    ways = (False, True) if transposed is None else (transposed,)
+    ways = [way for way in ways if _fits(tensor, pattern, way)]
     if not ways:
         return WeightAudit(name, shape, "misfit" if expected else "odd shape", zeros)
     return min((_audit_target(name, tensor, way, pattern) for way in ways), key=lambda audit: audit.broken)

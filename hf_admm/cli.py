@@ -13,6 +13,7 @@ COMMANDS = {
     "quickstart": "fine-tune a small model dense and sparse, offline on a CPU, and compare them",
     "glue": "fine-tune a model on a GLUE task to a sparsity pattern",
     "verify": "check that the weights of a checkpoint obey a sparsity pattern",
+    "export": "export a checkpoint to ONNX, and check that every zero is kept",
     "speed": "time a 2:4 checkpoint dense against sparse on a GPU",
 }
 

@@ -59,7 +59,30 @@ def read_record(path: Path) -> SparsityRecord | None:
     if not file.is_file():
         return None
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
+    except UNREADABLE as error:
+        raise _damaged(file, error) from error
+    return parse_record(text, str(file))
+
+
+def parse_record(text: str, source: str) -> SparsityRecord:
+    """
+    Understands the JSON of a record.
+
+    Args:
+        text (`str`):
+            The JSON.
+        source (`str`):
+            Where it is from, for messages.
+
+    Returns:
+        [`SparsityRecord`]
+
+    Raises:
+        `ValueError`: If the record cannot be understood.
+    """
+    try:
+        content = json.loads(text)
         version = content["format_version"]
         if version == RECORD_VERSION:
             targets = {name: target["transposed"] for name, target in content["targets"].items()}
@@ -69,13 +92,17 @@ def read_record(path: Path) -> SparsityRecord | None:
                     raise TypeError(f"'transposed' of {name} is {transposed!r}, neither true nor false")
             return SparsityRecord(str(parse_pattern(content["pattern"])), targets)
     except UNREADABLE as error:
-        raise ValueError(
-            f"The sparsity record {file} is damaged ({type(error).__name__}: {error}). Restore it, or remove it to "
-            "audit the weights without a record."
-        ) from error
+        raise _damaged(source, error) from error
     raise ValueError(
-        f"The sparsity record {file} has format version {version!r}, and this version of hf_admm reads "
+        f"The sparsity record {source} has format version {version!r}, and this version of hf_admm reads "
         f"{RECORD_VERSION}. Upgrade hf_admm, or remove the record to audit the weights without it."
+    )
+
+
+def _damaged(source: str | Path, error: Exception) -> ValueError:
+    return ValueError(
+        f"The sparsity record {source} is damaged ({type(error).__name__}: {error}). Restore it, or remove it to "
+        "audit the weights without a record."
     )
 
 
@@ -170,7 +197,7 @@ def weight_files(path: Path) -> dict[Path, list[str] | None]:
     if path.is_file():
         if path.suffix != ".safetensors":
             raise ValueError(
-                f"{path} is not a safetensors file. Give a .safetensors file or the folder of a checkpoint."
+                f"{path} is not a safetensors file. Give a .safetensors or .onnx file, or the folder of a checkpoint."
             )
         return {path: None}
     if not path.is_dir():
@@ -179,12 +206,13 @@ def weight_files(path: Path) -> dict[Path, list[str] | None]:
         return {path / WEIGHTS_NAME: None}
     if (path / INDEX_NAME).is_file():
         return _shards(path / INDEX_NAME)
-    found = [file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth")]
+    found = [file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".onnx")]
     found += [file.relative_to(path).as_posix() for file in path.glob(f"*/{WEIGHTS_NAME}")]
     raise ValueError(
         f"{path} holds neither {WEIGHTS_NAME} nor {INDEX_NAME} (weights found there: "
         f"{', '.join(sorted(found)) or 'none'}). Give the folder or file of one checkpoint. Only safetensors are "
-        "read: load a model saved otherwise with from_pretrained and save it again with save_pretrained."
+        "read from a folder: load a model saved otherwise with from_pretrained and save it again with "
+        "save_pretrained; name an .onnx file itself."
     )
 
 

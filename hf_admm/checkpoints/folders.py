@@ -4,6 +4,7 @@ import json
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
@@ -19,6 +20,27 @@ from hf_admm.checkpoints.files import (
 
 # Sentence Transformers: a checkpoint of several modules, with the weights of each in a folder or at the root.
 MODULES_NAME = "modules.json"
+
+
+class StoredWeight(NamedTuple):
+    """
+    A tensor of a file.
+
+    Args:
+        name (`str`):
+            Its state dict key.
+        tensor (`torch.Tensor`):
+            The tensor as stored.
+        recorded (`bool`):
+            Whether the record names it as sparse.
+        transposed (`bool`, *optional*):
+            Whether it is stored as `(in_features, out_features)`. `None` if nothing says so.
+    """
+
+    name: str
+    tensor: torch.Tensor
+    recorded: bool
+    transposed: bool | None
 
 
 @dataclass
@@ -59,8 +81,8 @@ class Checkpoint:
         """How many weights the records name, `None` if there is no record."""
         return sum(len(record.targets) for record in self.records.values()) if self.records else None
 
-    def tensors(self) -> Iterator[tuple[str, torch.Tensor, bool | None]]:
-        """Name, tensor, and whether it is recorded as `(in_features, out_features)`, `None` if it is not recorded."""
+    def tensors(self) -> Iterator[StoredWeight]:
+        """The tensors, one in memory at a time."""
         unseen = {(place, name) for place, record in self.records.items() for name in record.targets}
         for folder in self.folders:
             prefix = "" if folder == self.path or len(self.folders) == 1 else f"{folder.name}/"
@@ -69,7 +91,8 @@ class Checkpoint:
                 keys = [(folder, name), (self.path, name), (self.path, f"{folder.name}/{name}")]
                 found = [key for key in keys if key[0] in self.records and key[1] in self.records[key[0]].targets]
                 unseen.difference_update(found)
-                yield prefix + name, tensor, self.records[found[0][0]].targets[found[0][1]] if found else None
+                transposed = self.records[found[0][0]].targets[found[0][1]] if found else None
+                yield StoredWeight(prefix + name, tensor, bool(found), transposed)
         self.unseen = [name for record in self.records.values() for name in record.targets
                        if any(key == name for _, key in unseen)]  # fmt: skip
 

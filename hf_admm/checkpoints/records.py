@@ -77,13 +77,29 @@ def save_records(model: nn.Module, weights: PrunedWeights, before: Mapping[Path,
         )
 
 
-def _write(folder: Path, pattern: SparsityPattern, targets: dict[str, bool]) -> None:
+def record_text(pattern: SparsityPattern | str, targets: Mapping[str, bool]) -> str:
+    """
+    The JSON of a record.
+
+    Args:
+        pattern ([`SparsityPattern`] or `str`):
+            The pattern.
+        targets (`Mapping[str, bool]`):
+            Keys of the sparse weights, and whether each is stored as `(in_features, out_features)`.
+
+    Returns:
+        `str`
+    """
     record = {
         "format_version": RECORD_VERSION,
         "hf_admm_version": __version__,
         "pattern": str(pattern),
         "targets": {key: {"transposed": transposed} for key, transposed in targets.items()},
     }
+    return json.dumps(record, indent=2)
+
+
+def _write(folder: Path, pattern: SparsityPattern, targets: dict[str, bool]) -> None:
     temporary = folder / f"{RECORD_NAME}.tmp"
-    temporary.write_text(json.dumps(record, indent=2) + "\n")
+    temporary.write_text(record_text(pattern, targets) + "\n")
     os.replace(temporary, folder / RECORD_NAME)

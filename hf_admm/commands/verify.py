@@ -14,9 +14,10 @@ from hf_admm.sparsity.naming import as_names
 
 
 _DESCRIPTION = """\
-Audits a checkpoint from its safetensors alone and prints a table of its matrices. Those that the checkpoint records as
-sparse (in hf_admm.json) and those named by --expect must be there and obey the pattern; any other must obey it if it
-looks pruned. Without a record, a weight that lost its zeros passes for a dense one: name what you expect.
+Audits a checkpoint from its safetensors alone, or an ONNX file, and prints a table of its matrices. Those that are
+recorded as sparse (in hf_admm.json, or in the ONNX file by hf-admm export) and those named by --expect must be there
+and obey the pattern; any other must obey it if it looks pruned. Without a record, a weight that lost its zeros passes
+for a dense one: name what you expect.
 """
 _EXIT_CODES = (
     "exit code: 0 all is well, 1 a weight breaks the pattern or is missing, or too few are sparse, 2 bad input"
@@ -51,7 +52,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser("hf-admm verify", description=_DESCRIPTION, epilog=_EXIT_CODES)
     parser.add_argument(
-        "path_or_id", help="folder of a checkpoint, a .safetensors file, or the id of a model on the hub"
+        "path_or_id", help="folder of a checkpoint, a .safetensors or .onnx file, or the id of a model on the hub"
     )
     parser.add_argument(
         "--pattern", help="pattern to check, such as 2:4, 4x4:8 or 0.5 (default: the one that is recorded, else 2:4)"
@@ -84,5 +85,5 @@ def _local(path_or_id: str) -> Path:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise ValueError(
             f"{path_or_id!r} is neither an existing path nor a model that can be downloaded from the hub ({reason}). "
-            "Give the folder of a checkpoint, a .safetensors file, or the id of a model, such as 'org/name'."
+            "Give the folder of a checkpoint, a .safetensors or .onnx file, or the id of a model, such as 'org/name'."
         ) from error

@@ -3,6 +3,7 @@
 import json
 import re
 import runpy
+import shlex
 from pathlib import Path
 
 import pytest
@@ -10,7 +11,7 @@ import torch
 
 from fake_gpu import BF16, PRUNED, fake_gpu, sparse
 from hf_admm import accelerate_inference, cli, inference
-from hf_admm.commands import speed
+from hf_admm.commands import export, speed, verify
 
 
 ROOT = Path(__file__).parents[2]
@@ -124,10 +125,17 @@ def test_inputs_are_ordinary_tokens_and_an_end(tiny_gpt2):
 def test_commands_of_the_page_are_taken_by_their_parsers():
     page = (ROOT / "docs" / "serving.md").read_text()
     commands = re.findall(r"^hf-admm speed (.*)$", page, re.M)
-    benchmark = runpy.run_path(str(ROOT / "benchmarks" / "serving.py"))
-    benchmarks = re.findall(r"^python -m benchmarks.serving *(.*)$", page, re.M)
-    assert commands and benchmarks
+    assert commands
     for flags in commands:
         run(*flags.split())
-    for flags in benchmarks:
-        benchmark["parser"]().parse_args(flags.split())
+    for name in ("serving", "serving_cpu"):
+        benchmark = runpy.run_path(str(ROOT / "benchmarks" / f"{name}.py"))
+        benchmarks = re.findall(rf"^python -m benchmarks\.{name}(?: +(.*))?$", page, re.M)
+        assert len(benchmarks) >= 2
+        for flags in benchmarks:
+            benchmark["parser"]().parse_args(shlex.split(flags))
+    for command, module in {"export": export, "verify": verify}.items():
+        commands = re.findall(rf"^hf-admm {command} (.*)$", page, re.M)
+        assert commands
+        for flags in commands:
+            module._parser().parse_args(flags.split())
