@@ -13,6 +13,7 @@ if (_root / "setup.cfg").is_file() and not (Path(__file__).parent / "callbacks")
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
+    from hf_admm.adapters import merge_sparse_adapter
     from hf_admm.arguments import ADMMArgumentsMixin, ADMMTrainingArguments
     from hf_admm.audit import audit_checkpoint
     from hf_admm.inference import accelerate_inference, restore_dense
@@ -28,6 +29,7 @@ _HOMES = {
     "ADMMTrainingArguments": "arguments",
     "accelerate_inference": "inference",
     "audit_checkpoint": "audit",
+    "merge_sparse_adapter": "adapters",
     "parse_pattern": "sparsity.patterns",
     "project": "sparsity.projections",
     "restore_dense": "inference",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "accelerate_inference",
     "audit_checkpoint",
+    "merge_sparse_adapter",
     "parse_pattern",
     "project",
     "restore_dense",
