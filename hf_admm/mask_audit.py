@@ -192,7 +192,7 @@ def _same(key: str, name: str) -> bool:
 def _by_mask(name: str, tensor: torch.Tensor, mask: torch.Tensor, transposed: bool) -> WeightAudit:
     lost = int(((tensor != 0) & ~mask).sum())
     held = mask.numel() - int(mask.count_nonzero())
-    status = "broken" if lost else "ok"
+    status = "broken" if lost else "ok" if held else "dense"
     return WeightAudit(name, tuple(tensor.shape), status, count_zeros(tensor), held, lost, transposed)
 
 

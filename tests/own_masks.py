@@ -24,3 +24,7 @@ def zeros_of(model):
 def _matrices(model):
     layers = (".layer.", ".h.", "layers.")
     return [(n, w) for n, w in model.named_parameters() if w.dim() > 1 and any(layer in n for layer in layers)]
+
+
+# The flags of the phases, which `tiny_runs` sets, as they are by default.
+OWN = {"sparsity_pattern": "own", "admm_steps": 0.5, "admm_update_steps": None, "admm_rho": None}
