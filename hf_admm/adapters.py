@@ -161,7 +161,7 @@ def merge_sparse_adapter(
 
 
 def _check(model: nn.Module, names: list[str] | None) -> None:
-    if not (hasattr(model, "peft_config") and hasattr(model, "merge_and_unload")):
+    if not (hasattr(model, "peft_config") and hasattr(model, "get_base_model")):
         held = " It has adapters within: save them (save_pretrained) and" if _has_adapters(model) else " Load them and"
         raise ValueError(
             f"{type(model).__name__} is not a model that PEFT has put adapters on, so there is nothing to merge."
@@ -177,6 +177,9 @@ def _check(model: nn.Module, names: list[str] | None) -> None:
     if prompts := [name for name in active if configs[name].is_prompt_learning]:
         kinds = ", ".join(f"{name} ({_kind(configs[name])})" for name in prompts)
         faults.append(f"{kinds} learn prompts, which no weight can take in: keep them beside the base")
+    elif not hasattr(model, "merge_and_unload"):
+        kinds = ", ".join(f"{name} ({_kind(configs[name])})" for name in active)
+        faults.append(f"PEFT can't merge {kinds} into weights: keep them beside the base")
     if done := [name for name, module in model.named_modules() if getattr(module, "merged_adapters", None)]:
         faults.append(
             f"{len(done)} layers have merged their adapters already, such as {done[0]}, and with that the base has "
@@ -192,7 +195,7 @@ def _check(model: nn.Module, names: list[str] | None) -> None:
         faults.append(f"{len(meta)} weights are not in memory, such as {meta[0]}: load the model without offloading")
     elif broken := [n for n, w in model.named_parameters() if n not in base and not w.isfinite().all()]:
         faults.append(f"{len(broken)} weights hold NaN or infinities, such as {broken[0]}: take an earlier checkpoint")
-    elif not any(map(_is_pruned, base.values())):
+    elif not any(_is_pruned(weight) for weight in base.values() if id(weight) not in _embeddings(model)):
         faults.append(
             f"no weight of the base is sparse (at least {SPARSE_FROM:.0%} of zeros), so there is no mask to keep: "
             "load the sparse base, or call model.merge_and_unload() if it is meant to be dense"

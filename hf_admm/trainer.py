@@ -160,9 +160,12 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         if self.is_world_process_zero():
             print(f"hf_admm: final audit, {self.audit.verdict()}")
         if not self.audit.ok:
+            fault = f"groups break the pattern {self.args.pattern}"
+            if self.args.is_own:
+                fault = "zeros that the model brought are lost"
             raise RuntimeError(
-                f"{self.audit.violations} {self.audit.unit} break the pattern {self.args.pattern} after training. "
-                f"Something wrote to the weights behind the trainer's back.\n{self.audit.table()}"
+                f"{self.audit.violations} {fault} after training. Something wrote to the weights "
+                f"behind the trainer's back.\n{self.audit.table()}"
             )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):

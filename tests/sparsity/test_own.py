@@ -115,7 +115,7 @@ def test_what_is_frozen_needs_no_mask(tiny_bert):
 
 
 def test_a_dense_model_is_an_error_that_says_what_to_do(tiny_bert):
-    with pytest.raises(ValueError, match="No weight of BertForSequenceClassification is sparse.*13 dense.*'2:4'"):
+    with pytest.raises(ValueError, match="No weight of BertForSequenceClassification is sparse.*14 dense.*'2:4'"):
         select_own(tiny_bert())
     model = tiny_bert()
     nn.utils.prune.l1_unstructured(model.bert.encoder.layer[0].output.dense, "weight", 0.5)
