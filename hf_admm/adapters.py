@@ -195,7 +195,7 @@ def _check(model: nn.Module, names: list[str] | None) -> None:
         faults.append(f"{len(meta)} weights are not in memory, such as {meta[0]}: load the model without offloading")
     elif broken := [n for n, w in model.named_parameters() if n not in base and not w.isfinite().all()]:
         faults.append(f"{len(broken)} weights hold NaN or infinities, such as {broken[0]}: take an earlier checkpoint")
-    elif not any(_is_pruned(weight) for weight in base.values() if id(weight) not in _embeddings(model)):
+    elif not _pruned(model):
         faults.append(
             f"no weight of the base is sparse (at least {SPARSE_FROM:.0%} of zeros), so there is no mask to keep: "
             "load the sparse base, or call model.merge_and_unload() if it is meant to be dense"
@@ -206,12 +206,7 @@ def _check(model: nn.Module, names: list[str] | None) -> None:
 
 def _sparse_weights(model: nn.Module) -> dict[str, torch.Tensor]:
     """Copies of the sparse weights that are about to change, by the names that they will have."""
-    held = _embeddings(model)
-    return {
-        _final_name(name): weight.detach().clone()
-        for name, weight in _base(model).items()
-        if _WRAPPED.search(name) and id(weight) not in held and _is_pruned(weight)
-    }
+    return {_final_name(n): w.detach().clone() for n, w in _pruned(model).items() if _WRAPPED.search(n)}
 
 
 def _embedding_zeros(model: nn.Module) -> dict[str, int]:
@@ -244,8 +239,11 @@ def _base(model: nn.Module) -> dict[str, nn.Parameter]:
     return {n: w for n, w in model.named_parameters() if not n.startswith(beside) and ".modules_to_save." not in n}
 
 
-def _is_pruned(weight: torch.Tensor) -> bool:
-    return weight.dim() > 1 and is_sparse(count_zeros(weight), weight.numel())
+def _pruned(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The sparse weights of the base, as sparsity_pattern='own' tells them."""
+    held = _embeddings(model)
+    matrices = {n: w for n, w in _base(model).items() if w.dim() > 1 and id(w) not in held}
+    return {n: w for n, w in matrices.items() if is_sparse(count_zeros(w), w.numel())}
 
 
 def _final_name(name: str) -> str:
