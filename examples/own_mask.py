@@ -3,8 +3,8 @@ r"""Fine-tunes a text classifier that is sparse already on your own data, withou
     python examples/own_mask.py --base SPARSE_MODEL --output_dir out --train_file train.csv --validation_file dev.csv
 
 SPARSE_MODEL is a folder, or an id on the hub, of any pruned checkpoint: by SparseGPT, Wanda, ASP, llm-compressor, by
-magnitude. The files are CSV or JSON lines with the columns "text" and "label". With --lora_rank 8 the base stays frozen,
-adapters are trained (pip install peft), and merged under the base's mask at the end.
+magnitude. The files are CSV or JSON lines with the columns "text" and "label". With --lora_rank 8 the base stays
+frozen, adapters are trained (pip install peft), and merged under the base's mask at the end.
 """
 
 from dataclasses import dataclass
@@ -47,9 +47,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     if script.lora_rank:
         from peft import LoraConfig, get_peft_model
 
-        config = LoraConfig(
-            "SEQ_CLS", r=script.lora_rank, lora_alpha=2 * script.lora_rank, target_modules="all-linear"
-        )
+        rank = script.lora_rank
+        config = LoraConfig(task_type="SEQ_CLS", r=rank, lora_alpha=2 * rank, target_modules="all-linear")
         model = get_peft_model(model, config)
 
     def encode(batch):

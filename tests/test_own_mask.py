@@ -14,7 +14,7 @@ from hf_admm.checkpoints.sidecar import SIDECAR_NAME, checksum
 from hf_admm.commands import verify
 from launch import launch, needs_gloo
 from own_masks import OWN, bring_zeros, zeros_of
-from tiny_runs import SETTINGS, assert_same_weights, prepare, train, weights
+from tiny_runs import SETTINGS, Recorder, assert_same_weights, prepare, train, weights
 
 
 NAME = "bert.encoder.layer.1.output.dense.weight"
@@ -55,6 +55,37 @@ def test_not_one_zero_is_lost(flags, tiny_bert, token_data, tmp_path):
     assert trainer.audit.sparsity == pytest.approx(
         sum(m.sum().item() for m in zeros.values()) / sum(m.numel() for m in zeros.values())
     )
+
+
+class Noisy(torch.optim.SGD):
+    """Moves every entry, whatever its gradient."""
+
+    def step(self, *args, **kwargs):
+        super().step(*args, **kwargs)
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.data.add_(1e-3)
+
+
+def test_the_model_is_sparse_after_every_step_of_any_optimizer(tiny_bert, token_data, tmp_path):
+    model = bring_zeros(tiny_bert())
+    zeros = zeros_of(model)
+    filled = Recorder("on_step_end", lambda state, **_: sum(model.get_parameter(n)[z].any() for n, z in zeros.items()))
+    parts = {"optimizers": (Noisy(model.parameters(), lr=0.1), None)}
+    train(model, token_data(), tmp_path, callbacks=[filled], parts=parts, **OWN)
+    assert filled.seen == [0] * 12
+
+
+def test_a_weight_that_is_replaced_in_the_run_takes_the_mask_over(tiny_bert, token_data, tmp_path):
+    class Replaces(TrainerCallback):
+        def on_step_end(self, args, state, control, model=None, **kwargs):
+            if state.global_step == 3:
+                model.get_submodule(NAME.removesuffix(".weight")).weight = torch.nn.Parameter(torch.ones(16, 32))
+
+    model = bring_zeros(tiny_bert())
+    zeros = zeros_of(model)
+    trainer = train(model, token_data(), tmp_path, callbacks=[Replaces()], **OWN)
+    assert trainer.audit.ok and torch.equal(model.get_parameter(NAME) == 0, zeros[NAME])
 
 
 def test_it_is_training_with_masked_gradients_to_the_bit(tiny_bert, token_data, tmp_path):

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import nn
+from torch.nn.utils import prune
 from transformers import Conv1D
 
 from hf_admm import ADMMTrainingArguments, parse_pattern, project, sparsity_mask
@@ -118,7 +119,7 @@ def test_a_dense_model_is_an_error_that_says_what_to_do(tiny_bert):
     with pytest.raises(ValueError, match="No weight of BertForSequenceClassification is sparse.*14 dense.*'2:4'"):
         select_own(tiny_bert())
     model = tiny_bert()
-    nn.utils.prune.l1_unstructured(model.bert.encoder.layer[0].output.dense, "weight", 0.5)
+    prune.l1_unstructured(model.bert.encoder.layer[0].output.dense, "weight", 0.5)
     with pytest.raises(ValueError, match=r"fold masks.*torch\.nn\.utils\.prune\.remove\(module, 'weight'\)"):
         select_own(model)
     with torch.device("meta"), pytest.raises(ValueError, match="on the meta device.*cpu_ram_efficient_loading"):
