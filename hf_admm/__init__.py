@@ -13,6 +13,7 @@ if (_root / "setup.cfg").is_file() and not (Path(__file__).parent / "callbacks")
     __path__.append(str(_root))
 
 if TYPE_CHECKING:
+    from hf_admm.adapters import merge_sparse_adapter
     from hf_admm.arguments import ADMMArgumentsMixin, ADMMTrainingArguments
     from hf_admm.audit import audit_checkpoint
     from hf_admm.export import export_onnx
@@ -30,6 +31,7 @@ _HOMES = {
     "accelerate_inference": "inference",
     "audit_checkpoint": "audit",
     "export_onnx": "export",
+    "merge_sparse_adapter": "adapters",
     "parse_pattern": "sparsity.patterns",
     "project": "sparsity.projections",
     "restore_dense": "inference",
@@ -46,6 +48,7 @@ __all__ = [
     "accelerate_inference",
     "audit_checkpoint",
     "export_onnx",
+    "merge_sparse_adapter",
     "parse_pattern",
     "project",
     "restore_dense",

@@ -28,7 +28,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
     Args:
         sparsity_pattern (`str`, *optional*, defaults to `"2:4"`):
             `"N:M"` (N kept of every M consecutive inputs), `"RxC:K"` (K kept of every block of R outputs by C inputs),
-            a density such as `"0.5"`, or `"none"` to train as plain `Trainer` does.
+            a density such as `"0.5"`, `"own"` to keep every zero of a model that is sparse already, whatever its
+            pattern (the flags of both phases do not apply then), or `"none"` to train as plain `Trainer` does.
         sparsity_include (`list[str]`, *optional*):
             Module names to prune, as suffixes or as one regular expression (PEFT's convention). By default every
             linear layer of the transformer's layers, not the heads.
@@ -95,7 +96,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default="2:4",
         metadata={
             "help": "Pattern of the weights: 'N:M' (N kept of M consecutive inputs), 'RxC:K' (K kept of a block of R "
-            "outputs by C inputs), a density such as '0.5', or 'none' to train as plain Trainer."
+            "outputs by C inputs), a density such as '0.5', 'own' (the model is sparse already: keep its zeros), or "
+            "'none' to train as plain Trainer."
         },
     )
     sparsity_include: list[str] | None = field(

@@ -22,7 +22,7 @@ import torch
 from hf_admm.checkpoints.folders import Checkpoint
 from hf_admm.checkpoints.onnx_files import ONNX_SUFFIX, OnnxModel
 from hf_admm.sparsity.naming import check_expression, matches, name_entries
-from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
+from hf_admm.sparsity.patterns import OWN, OwnPattern, SparsityPattern, parse_pattern
 from hf_admm.sparsity.projections import broken_groups
 
 
@@ -110,6 +110,7 @@ class AuditReport:
     recorded: int | None = None
     note: str = ""
     at_least: int = 1
+    unit, broken_unit = "groups", "broken"  # what is counted, in words
 
     @property
     def sparse(self) -> list[WeightAudit]:
@@ -162,7 +163,7 @@ class AuditReport:
 
     def table(self) -> str:
         """A plain-text table with a row for each weight and a last line that sums up."""
-        rows = [("weight", "shape", "zeros", "groups", "broken", "status")]
+        rows = [("weight", "shape", "zeros", self.unit, self.broken_unit, "status")]
         for weight in self.weights:
             shape = "x".join(map(str, weight.shape)) or "-"
             zeros = f"{weight.zeros / weight.size:.1%}" if weight.size else "-"
@@ -179,7 +180,7 @@ class AuditReport:
         groups = sum(weight.groups for weight in self.sparse)
         lines.append(
             f"pattern {self.pattern}: {len(self.sparse)} of {len(self.weights)} weights sparse, "
-            f"{self.sparsity:.2%} zeros, {self.violations} of {groups} groups broken"
+            f"{self.sparsity:.2%} zeros, {self.violations} of {groups} {self.unit} {self.broken_unit}"
         )
         return "\n".join(lines)
 
@@ -230,6 +231,7 @@ def audit_checkpoint(
     pattern: SparsityPattern | str | None = None,
     expect: list[str] | str | None = None,
     at_least: int = 1,
+    against: str | Path | None = None,
 ) -> AuditReport:
     """
     Audits a checkpoint from its safetensors alone, or an ONNX file; no model is built.
@@ -244,19 +246,37 @@ def audit_checkpoint(
             Names of modules whose weights must be sparse, record or not, in PEFT's convention (see [`matches`]).
         at_least (`int`, *optional*, defaults to 1):
             How many weights must be sparse.
+        against (`str` or `Path`, *optional*):
+            A sparse checkpoint whose zeros must all be there, in whatever pattern they lie.
 
     Returns:
         [`AuditReport`]: The targets that the record names and the weights that are expected, which must be present and
         obey; and every other floating-point matrix, which must obey if it looks pruned (see the module for the rule).
+        With `against`, or if the pattern is `"own"`, a [`MaskReport`] (see `hf_admm.mask_audit`).
 
     Raises:
-        `ValueError`: If there are no safetensors, a file is damaged or missing, or the pattern is invalid.
+        `ValueError`: If there are no safetensors, a file is damaged or missing, the pattern is invalid, or there is
+            nothing that its zeros could be compared with.
     """
     check_expression(expect, "--expect")
     path = Path(path)
+    if against is not None and str(pattern or OWN) != OWN:
+        raise ValueError(
+            f"--against compares each zero with the base's, and --pattern {pattern} asks for another. Give one of "
+            "them."
+        )
+    if against is not None and path.suffix == ONNX_SUFFIX:
+        raise ValueError(
+            f"--against compares checkpoints, whose weights lie the same way; {path} is an ONNX file. Compare the "
+            "checkpoint that it was exported from."
+        )
     checkpoint = (OnnxModel if path.suffix == ONNX_SUFFIX else Checkpoint).find(path)
     pattern = parse_pattern(str(pattern or checkpoint.pattern or DEFAULT_PATTERN))
     entries = name_entries(expect)
+    if against is not None or isinstance(pattern, OwnPattern):
+        from hf_admm.mask_audit import audit_own_checkpoint  # which builds on this module
+
+        return audit_own_checkpoint(checkpoint, against, entries, at_least)
     weights, unmet = [], list(entries)
     for name, tensor, recorded, transposed in checkpoint.tensors():
         matrix = tensor.dim() == 2 and tensor.is_floating_point()

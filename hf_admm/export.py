@@ -233,7 +233,7 @@ def _name_weights(onnx, model: PreTrainedModel, draft: Path, record: SparsityRec
         value.name = names.get(value.name, value.name)
     if record:
         sparse = {name: targets[name] for name in record.targets}
-        onnx.helper.set_model_props(proto, {RECORD_KEY: record_text(record.pattern, sparse)})
+        onnx.helper.set_model_props(proto, {RECORD_KEY: record_text(record.pattern, sparse, record.kept)})
     onnx.save(proto, draft)
     return len(names)
 

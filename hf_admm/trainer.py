@@ -15,6 +15,7 @@ from hf_admm.audit import AuditReport, audit_weights
 from hf_admm.callbacks import MetricsCallback, PhaseCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
+from hf_admm.mask_audit import audit_masks
 from hf_admm.pruning.shards import DTensor, local
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import TargetSelection, select_targets
@@ -151,14 +152,20 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
 
     def _audit(self) -> None:
         weights = self.sparsity.weights
-        self.audit = audit_weights(weights.whole(), weights.pattern, weights.released)
+        if self.args.is_own:
+            self.audit = audit_masks(weights.whole_masks(), weights.still_frozen(), weights.released)
+        else:
+            self.audit = audit_weights(weights.whole(), weights.pattern, weights.released)
         logger.info(f"Final audit:\n{self.audit.table()}")
         if self.is_world_process_zero():
             print(f"hf_admm: final audit, {self.audit.verdict()}")
         if not self.audit.ok:
+            fault = f"groups break the pattern {self.args.pattern}"
+            if self.args.is_own:
+                fault = "zeros that the model brought are lost"
             raise RuntimeError(
-                f"{self.audit.violations} groups break the pattern {self.args.pattern} after training. Something "
-                f"wrote to the weights behind the trainer's back.\n{self.audit.table()}"
+                f"{self.audit.violations} {fault} after training. Something wrote to the weights "
+                f"behind the trainer's back.\n{self.audit.table()}"
             )
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None):
@@ -274,7 +281,10 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         if self.is_world_process_zero() and path.is_file():
             pattern, held = self.sparsity.weights.pattern, len(self.sparsity.targets)
             with open(path, "a", encoding="utf-8") as card:
-                card.write(f"\n### Sparsity\n\nEvery group of {held} weights obeys the pattern `{pattern}`.\n")
+                what = f"Every group of {held} weights obeys the pattern `{pattern}`."
+                if self.args.is_own:
+                    what = f"{held} weights keep every zero of the sparse model that they were fine-tuned from."
+                card.write(f"\n### Sparsity\n\n{what}\n")
 
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):

@@ -1,5 +1,6 @@
 """What the flags of sparse fine-tuning may be."""
 
+from dataclasses import fields
 from numbers import Integral, Real
 
 from hf_admm.pruning.defaults import PENALTIES
@@ -19,6 +20,21 @@ PLAIN_SCHEDULERS = (
     "warmup_stable_decay",
 )
 
+# What says how a mask is found. `srste_mask` is not among them: either of its values describes a mask that stays.
+_OF_PHASES = (
+    "admm_steps",
+    "admm_penalty",
+    "admm_rho",
+    "admm_rho_schedule",
+    "admm_update_steps",
+    "admm_state_dtype",
+    "admm_state_offload",
+    "admm_lr_scheduler_type",
+    "srste_decay",
+    "srste_lr_multiplier",
+    "mask_update_steps",
+    "mask_freeze_steps",
+)
 REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_freeze_steps")
 # Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
 # from a smaller rho starts at 0, which nothing can be divided by.
@@ -103,11 +119,27 @@ def validate_flags(args) -> None:
     _validate_distillation(args)
     if not args.is_sparse:
         return
+    _validate_own_mask(args)
     optim = str(getattr(args.optim, "value", args.optim))
     if optim.endswith(("lomo", "layerwise")):
         raise ValueError(
             f"optim={optim!r} is not supported by sparse training: it steps within the backward pass, behind the "
             "mask's back. Choose another optimizer, or set sparsity_pattern='none'."
+        )
+
+
+def _validate_own_mask(args) -> None:
+    """A mask that is known from the start leaves nothing to search, to draw near or to schedule by phases."""
+    if not args.is_own:
+        return
+    defaults = {field.name: field.default for field in fields(args)}
+    allowed = {name: (defaults[name],) for name in _OF_PHASES} | {"admm_steps": (defaults["admm_steps"], 0)}
+    given = [f"{name}={_shown(getattr(args, name))}" for name in allowed if getattr(args, name) not in allowed[name]]
+    if given:
+        raise ValueError(
+            f"sparsity_pattern='own' keeps the zeros that the model has from the first step on, at learning_rate: "
+            f"there are no phases, and {', '.join(given)} would have no effect. Leave them away, or give the pattern "
+            "to which the model is to be pruned, such as '2:4'."
         )
 
 

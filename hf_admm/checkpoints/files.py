@@ -4,13 +4,13 @@ import json
 import os
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError, safe_open
 
-from hf_admm.sparsity.patterns import parse_pattern
+from hf_admm.sparsity.patterns import OWN, parse_pattern
 
 
 WEIGHTS_NAME = "model.safetensors"
@@ -32,10 +32,13 @@ class SparsityRecord:
             The pattern that its targets obey.
         targets (`dict[str, bool]`):
             State dict keys of the sparse weights, and whether each is stored as `(in_features, out_features)`.
+        kept (`dict[str, int]`, *optional*):
+            How many of their entries may be non-zero, where the pattern (`own`) does not say.
     """
 
     pattern: str
     targets: dict[str, bool]
+    kept: dict[str, int] = field(default_factory=dict)
 
 
 def read_record(path: Path) -> SparsityRecord | None:
@@ -90,7 +93,12 @@ def parse_record(text: str, source: str) -> SparsityRecord:
                 name.encode()  # half a surrogate pair is legal JSON, and can't be printed
                 if type(transposed) is not bool:
                     raise TypeError(f"'transposed' of {name} is {transposed!r}, neither true nor false")
-            return SparsityRecord(str(parse_pattern(content["pattern"])), targets)
+            pattern, kept = str(parse_pattern(content["pattern"])), {}
+            if pattern == OWN:
+                kept = {name: target["kept"] for name, target in content["targets"].items()}
+                if wrong := [name for name, count in kept.items() if type(count) is not int or count < 0]:
+                    raise TypeError(f"'kept' of {', '.join(wrong)} is no number of entries")
+            return SparsityRecord(pattern, targets, kept)
     except UNREADABLE as error:
         raise _damaged(source, error) from error
     raise ValueError(

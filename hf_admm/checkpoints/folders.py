@@ -57,12 +57,15 @@ class Checkpoint:
             The records, by the folder that holds them.
         unseen (`list[str]`):
             What the records name and no part holds, once all of [`Checkpoint.tensors`] were read.
+        kept (`dict[str, int]`, *optional*):
+            How many entries of each weight that was read so far may be non-zero, where a record says so.
     """
 
     path: Path
     folders: list[Path]
     records: dict[Path, SparsityRecord]
     unseen: list[str] = field(default_factory=list)
+    kept: dict[str, int] = field(default_factory=dict)
 
     @classmethod
     def find(cls, path: Path) -> "Checkpoint":
@@ -91,6 +94,9 @@ class Checkpoint:
                 keys = [(folder, name), (self.path, name), (self.path, f"{folder.name}/{name}")]
                 found = [key for key in keys if key[0] in self.records and key[1] in self.records[key[0]].targets]
                 unseen.difference_update(found)
+                for place, key in found:
+                    if key in self.records[place].kept:
+                        self.kept[prefix + name] = self.records[place].kept[key]
                 transposed = self.records[found[0][0]].targets[found[0][1]] if found else None
                 yield StoredWeight(prefix + name, tensor, bool(found), transposed)
         self.unseen = [name for record in self.records.values() for name in record.targets

@@ -96,6 +96,11 @@ class OnnxModel:
         """How many weights the record names, `None` if there is no record."""
         return len(self.record.targets) if self.record else None
 
+    @property
+    def kept(self) -> dict[str, int]:
+        """How many entries of a weight may be non-zero, where the record says so."""
+        return self.record.kept if self.record else {}
+
     def tensors(self) -> Iterator[StoredWeight]:
         """The matrices, one in memory at a time; `recorded` ones under the names of the record."""
         targets = self.record.targets if self.record else {}

@@ -13,9 +13,10 @@ from hf_admm.checkpoints.files import INDEX_NAME, RECORD_NAME, RECORD_VERSION, W
 from hf_admm.checkpoints.saved_names import saved_names
 from hf_admm.checkpoints.staging import STAGING_NAME
 from hf_admm.pruning.weights import PrunedWeights
-from hf_admm.sparsity.patterns import SparsityPattern
 from hf_admm.version import __version__
 
+
+ADAPTER_NAME = "adapter_model.safetensors"  # all that PEFT saves: its base lies elsewhere
 
 logger = logging.get_logger(__name__)
 
@@ -64,10 +65,10 @@ def save_records(model: nn.Module, weights: PrunedWeights, before: Mapping[Path,
             keys = saved_names(model, weights.parameters, place)
             found += len(keys)
             if keys:
-                _write(place, weights.pattern, {key: weights.targets[name].transposed for name, key in keys.items()})
+                _write(place, weights, keys)
             else:
                 (place / RECORD_NAME).unlink(missing_ok=True)  # of another model that was saved here
-        if not found:
+        if not found and not any((folder / ADAPTER_NAME).is_file() for folder in before):
             why = "none of the sparse weights is found in what was saved" if places else f"no {WEIGHTS_NAME} was saved"
             logger.warning(f"{folders} has no sparsity record for hf-admm verify: {why}.")
     except Exception as error:
@@ -77,7 +78,9 @@ def save_records(model: nn.Module, weights: PrunedWeights, before: Mapping[Path,
         )
 
 
-def record_text(pattern: SparsityPattern | str, targets: Mapping[str, bool]) -> str:
+def record_text(
+    pattern: SparsityPattern | str, targets: Mapping[str, bool], kept: Mapping[str, int] | None = None
+) -> str:
     """
     The JSON of a record.
 
@@ -86,20 +89,27 @@ def record_text(pattern: SparsityPattern | str, targets: Mapping[str, bool]) -> 
             The pattern.
         targets (`Mapping[str, bool]`):
             Keys of the sparse weights, and whether each is stored as `(in_features, out_features)`.
+        kept (`Mapping[str, int]`, *optional*):
+            By key, how many entries may be non-zero where the pattern does not tell.
 
     Returns:
         `str`
     """
+    entries = {key: {"transposed": transposed} for key, transposed in targets.items()}
+    for key, count in (kept or {}).items():
+        entries[key]["kept"] = count
     record = {
         "format_version": RECORD_VERSION,
         "hf_admm_version": __version__,
         "pattern": str(pattern),
-        "targets": {key: {"transposed": transposed} for key, transposed in targets.items()},
+        "targets": entries,
     }
     return json.dumps(record, indent=2)
 
 
-def _write(folder: Path, pattern: SparsityPattern, targets: dict[str, bool]) -> None:
+def _write(folder: Path, weights: PrunedWeights, keys: Mapping[str, str]) -> None:
+    targets = {key: weights.targets[name].transposed for name, key in keys.items()}
+    kept = {keys[name]: count for name, count in weights.kept.items() if name in keys}
     temporary = folder / f"{RECORD_NAME}.tmp"
-    temporary.write_text(record_text(pattern, targets) + "\n")
+    temporary.write_text(record_text(weights.pattern, targets, kept) + "\n")
     os.replace(temporary, folder / RECORD_NAME)

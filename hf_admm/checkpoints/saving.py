@@ -13,7 +13,7 @@ from transformers.utils import logging
 from hf_admm.checkpoints.files import RECORD_NAME
 from hf_admm.checkpoints.records import find_weights, save_records
 from hf_admm.checkpoints.saved_names import load_renamed
-from hf_admm.checkpoints.sidecar import check_sidecar, load_sidecar, save_sidecar
+from hf_admm.checkpoints.sidecar import check_sidecar, has_sidecar, load_sidecar, save_sidecar
 from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, publish_rest, rotate
 from hf_admm.pruning.phases import Finished
 from hf_admm.training.signatures import GivenArguments, surround
@@ -215,7 +215,8 @@ class SparseCheckpointsMixin:
         checkpoint = GivenArguments(type(self), SparseCheckpointsMixin, "_load_from_checkpoint", args, kwargs).first()
         if os.path.isdir(checkpoint) and not self._loads_best:  # else Trainer's own message is the better one
             targets = self.select_targets().targets if self.args.is_sparse else {}
-            check_sidecar(checkpoint, self.args.pattern, targets)
+            if has_sidecar(checkpoint, self.args.pattern, targets):
+                check_sidecar(checkpoint, self.args.pattern, targets)
         if not self._load_renamed(checkpoint):
             super()._load_from_checkpoint(*args, **kwargs)
 
@@ -234,7 +235,10 @@ class SparseCheckpointsMixin:
         checkpoint = kwargs.get("checkpoint", args[0] if args else None)
         if outermost and checkpoint is not None and self.args.is_sparse:
             self.last_checkpoint = Path(checkpoint)
-            self.sparsity.reset(self.model, self.args.pattern, self.select_targets())
+            selection = self.select_targets()
+            if not has_sidecar(checkpoint, self.args.pattern, selection.targets):
+                return
+            self.sparsity.reset(self.model, self.args.pattern, selection)
             self.sparsity.use_optimizer(self.optimizer)
             load_sidecar(self.sparsity, checkpoint, self.args.phase_settings(self.state.max_steps))
 

@@ -6,6 +6,7 @@ either whole or not there. A checksum over all of it tells a flipped bit, which 
 """
 
 import json
+import math
 import os
 import zlib
 from collections.abc import Iterable, Iterator
@@ -21,7 +22,7 @@ from hf_admm.pruning.shards import DTensor, gather, local, scatter
 from hf_admm.pruning.state import PHASES, ADMMState
 from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.masks import unpack_mask
-from hf_admm.sparsity.patterns import SparsityPattern
+from hf_admm.sparsity.patterns import OwnPattern, SparsityPattern
 from hf_admm.sparsity.projections import kept_per_group, to_groups
 from hf_admm.sparsity.targets import Target, named_parameters
 
@@ -89,6 +90,17 @@ def save_sidecar(state: ADMMState, folder: str | os.PathLike, write: bool = True
     text = json.dumps(settings)
     save_file(tensors, temporary, metadata={"hf_admm": text, "crc32": checksum(text, sorted(tensors.items()))})
     os.replace(temporary, path)
+
+
+def has_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, targets: dict[str, Target]) -> bool:
+    """
+    Whether a resume has a sidecar to read: not where all that was sparse is frozen, as under adapters.
+
+    Args:
+        folder, pattern, targets:
+            As for [`check_sidecar`].
+    """
+    return bool(targets) or not isinstance(pattern, OwnPattern) or (Path(folder) / SIDECAR_NAME).is_file()
 
 
 def check_sidecar(folder: str | os.PathLike, pattern: SparsityPattern | None, targets: dict[str, Target]) -> None:
@@ -209,7 +221,7 @@ def _is_shape(value) -> bool:
 
 
 def _is_matrix(value) -> bool:
-    return _is_shape(value) and len(value) == 2
+    return _is_shape(value) and len(value) >= 2
 
 
 def _check_tensors(path: Path, settings: dict) -> None:
@@ -223,7 +235,7 @@ def _check_tensors(path: Path, settings: dict) -> None:
         for key in keys & expected.keys():
             kind, shape = expected[key]
             if kind == "mask":
-                shape = [-(-shape[0] * shape[1] // 8)]
+                shape = [-(-math.prod(shape) // 8)]
             header = file.get_slice(key)
             if header.get_dtype() not in _DTYPES[kind] or list(header.get_shape()) != shape:
                 wrong.add(key)
@@ -245,6 +257,10 @@ def _check_values(path: Path, file, weights: PrunedWeights) -> None:
         tensor = file.get_tensor(key)
         if kind == "mask":
             mask = unpack_mask(tensor, torch.Size(weights.targets[name].shape))
+            if isinstance(weights.pattern, OwnPattern):
+                if ((file.get_tensor(f"weight/{name}") != 0) & ~mask).any():
+                    raise _damaged(path, f"weight/{name} has entries outside of its mask")
+                continue
             groups = to_groups(mask, weights.pattern, weights.targets[name].transposed)
             # Early in phase 1 a mask may keep more than the pattern does, the same in each group.
             kept = groups.sum(dim=1)

@@ -17,7 +17,8 @@ _DESCRIPTION = """\
 Audits a checkpoint from its safetensors alone, or an ONNX file, and prints a table of its matrices. Those that are
 recorded as sparse (in hf_admm.json, or in the ONNX file by hf-admm export) and those named by --expect must be there
 and obey the pattern; any other must obey it if it looks pruned. Without a record, a weight that lost its zeros passes
-for a dense one: name what you expect.
+for a dense one: name what you expect. With --against, each zero is compared with those of the sparse checkpoint that
+training began with.
 """
 _EXIT_CODES = (
     "exit code: 0 all is well, 1 a weight breaks the pattern or is missing, or too few are sparse, 2 bad input"
@@ -26,7 +27,7 @@ _EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Runs `hf-admm verify PATH_OR_ID [--pattern 2:4] [--expect NAMES...] [--at_least N] [--json]`.
+    Runs `hf-admm verify PATH_OR_ID [--pattern 2:4] [--expect NAMES...] [--at_least N] [--against BASE] [--json]`.
 
     Args:
         argv (`Sequence[str]`, *optional*):
@@ -40,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     args = _parser().parse_args(argv)
     folder = _local(args.path_or_id)
-    report = audit_checkpoint(folder, args.pattern, as_names(args.expect), args.at_least)
+    against = None if args.against is None else _local(args.against)
+    report = audit_checkpoint(folder, args.pattern, as_names(args.expect), args.at_least, against)
     if args.json:
         print(json.dumps({"path": str(folder), **report.to_dict(), "verdict": report.verdict()}, indent=2))
     else:
@@ -66,6 +68,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument(
         "--at_least", type=int, default=1, metavar="N", help="how many weights must be sparse (default: 1)"
+    )
+    parser.add_argument(
+        "--against",
+        metavar="BASE",
+        help="a sparse checkpoint (a folder, a file or an id) that this one was trained from: each of its zeros must "
+        "be there, whatever their pattern",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
     return parser

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 import torch
 from torch import distributed, nn
 
-from hf_admm.sparsity.patterns import BlockPattern, NMPattern, SparsityPattern
+from hf_admm.sparsity.patterns import BlockPattern, NMPattern, OwnPattern, SparsityPattern
 
 
 if distributed.is_available():
@@ -60,6 +60,8 @@ def scatter(whole: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 def straddles(weight: torch.Tensor, pattern: SparsityPattern, transposed: bool) -> bool:
     """Whether a group of the pattern may have entries in the parts of two processes."""
     if not isinstance(weight, DTensor):
+        return False
+    if isinstance(pattern, OwnPattern):  # each entry by itself
         return False
     extents = {0: weight.shape[0], 1: weight.shape[1]}  # of a group, in entries along each dimension
     if isinstance(pattern, NMPattern):

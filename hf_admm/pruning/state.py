@@ -9,24 +9,28 @@ from transformers.utils import logging
 
 from hf_admm.pruning.admm import ADMM
 from hf_admm.pruning.distance import Distance
+from hf_admm.pruning.own_mask import OwnMask
 from hf_admm.pruning.phases import Finished, Phase, PhaseSettings
 from hf_admm.pruning.srste import SRSTE
 from hf_admm.pruning.swapping import SwappedParameters, unwrapped
 from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.chunks import tensor_work
-from hf_admm.sparsity.patterns import SparsityPattern
+from hf_admm.sparsity.own import OwnSelection
+from hf_admm.sparsity.patterns import OwnPattern, SparsityPattern
 from hf_admm.sparsity.targets import FROZEN, Target, TargetSelection, named_parameters
 
 
 logger = logging.get_logger(__name__)
 
 # What can be resumed, by the name in the sidecar.
-PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, Distance, SRSTE)}
+PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, Distance, SRSTE, OwnMask)}
 FOLLOWS: dict[type[Phase], type[Phase]] = {ADMM: SRSTE, Distance: SRSTE}
 
 
-def first_phase(settings: PhaseSettings) -> type[Phase]:
-    """The phase that a run of these settings begins with."""
+def first_phase(settings: PhaseSettings, weights: PrunedWeights) -> type[Phase]:
+    """The phase that a run of these settings and weights begins with."""
+    if isinstance(weights.pattern, OwnPattern):
+        return OwnMask if weights.parameters else Phase  # under adapters, all that is sparse may be frozen
     if not settings.plan.admm_steps:
         return SRSTE
     return Distance if settings.penalty == "distance" else ADMM
@@ -69,7 +73,8 @@ class ADMMState:
         """
         self.clear()
         frozen = [name for name, (_, reason) in selection.left_out.items() if reason == FROZEN]
-        self.weights = PrunedWeights(model, pattern, selection.targets, frozen)
+        frozen_zeros = selection.frozen if isinstance(selection, OwnSelection) else None
+        self.weights = PrunedWeights(model, pattern, selection.targets, frozen, frozen_zeros)
         self.phase = Phase(self.weights)
 
     def clear(self) -> None:
@@ -109,7 +114,7 @@ class ADMMState:
 
     def begin(self, settings: PhaseSettings, step: int = 0) -> None:
         """Enters the first phase."""
-        self.enter(first_phase(settings), settings, step)
+        self.enter(first_phase(settings, self.weights), settings, step)
 
     def enter(self, phase: type[Phase], settings: PhaseSettings, step: int) -> None:
         """Enters a phase, once `step` optimizer steps are done."""
@@ -213,6 +218,8 @@ class ADMMState:
         self.swapped = SwappedParameters(optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
         missing = [name for name, parameter in self.weights.parameters.items() if id(parameter) not in held]
+        if isinstance(self.weights.pattern, OwnPattern):
+            missing = []  # what nothing trains keeps its zeros too
         if missing and len(missing) == len(self.weights.parameters):
             raise ValueError(
                 f"The optimizer ({type(unwrapped(optimizer)).__name__}) holds none of the {len(missing)} weights to "

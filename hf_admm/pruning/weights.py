@@ -14,7 +14,9 @@ from hf_admm.pruning.replicas import check_replicas
 from hf_admm.pruning.shards import DTensor, gather, local, reshard, scatter, straddles, total
 from hf_admm.pruning.updates import pull
 from hf_admm.sparsity.chunks import tensor_work
-from hf_admm.sparsity.patterns import SparsityPattern
+from hf_admm.sparsity.masks import unpack_mask
+from hf_admm.sparsity.own import count_zeros
+from hf_admm.sparsity.patterns import OwnPattern, SparsityPattern
 from hf_admm.sparsity.projections import broken_groups, sparsity_mask, zero_outside
 from hf_admm.sparsity.targets import Target, named_parameters
 
@@ -32,16 +34,28 @@ class PrunedWeights:
             The weights to prune.
         frozen (`Iterable[str]`, *optional*):
             The weights that would be targets, were they not frozen.
+        frozen_zeros (`Mapping[str, int]`, *optional*):
+            With [`OwnPattern`], the zeros of sparse weights that are frozen, by name.
     """
 
     def __init__(
-        self, model: nn.Module, pattern: SparsityPattern, targets: Mapping[str, Target], frozen: Iterable[str] = ()
+        self,
+        model: nn.Module,
+        pattern: SparsityPattern,
+        targets: Mapping[str, Target],
+        frozen: Iterable[str] = (),
+        frozen_zeros: Mapping[str, int] | None = None,
     ):
         parameters = named_parameters(model)
         self.model, self.pattern, self.targets = model, pattern, dict(targets)
         self.frozen = set(frozen)
         self.released: dict[str, str] = {}  # what stays dense though it is trained, or was a target; and why
         self.parameters: dict[str, nn.Parameter] = {name: parameters[name] for name in self.targets}
+        # With a pattern of their own: M of each local part, packed, which no value of W tells once training has begun;
+        # and how many entries of the whole it keeps. They outlive the phase, for the audit.
+        self.masks: dict[str, torch.Tensor] = {}
+        self.kept: dict[str, int] = {}
+        self.frozen_zeros = dict(frozen_zeros or {})
         self.aside: dict[str, torch.Tensor] = {}  # W of those weights whose place in the model is taken
 
     @property
@@ -64,8 +78,23 @@ class PrunedWeights:
         for name, part in self.local():
             yield name, gather(part, self.parameters[name]), self.targets[name].transposed
 
+    def whole_masks(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, bool]]:
+        """[`PrunedWeights.whole`] with the mask of each weight behind its tensor, where the pattern is their own."""
+        for name, whole, transposed in self.whole():
+            mask = unpack_mask(self.masks[name], local(self.parameters[name].detach()).shape)
+            yield name, whole, gather(mask, self.parameters[name]), transposed
+
+    def still_frozen(self) -> Iterator[tuple[str, torch.Size, int, int]]:
+        """Name, shape, and the zeros now and at first of each sparse weight that was frozen."""
+        live = named_parameters(self.model)
+        for name, zeros in self.frozen_zeros.items():
+            if name in live:
+                yield name, live[name].shape, count_zeros(live[name]), zeros
+
     def obey(self) -> bool:
         """Whether every group in the model obeys the pattern."""
+        if isinstance(self.pattern, OwnPattern):
+            return not any(((whole != 0) & ~mask).any() for _, whole, mask, _ in self.whole_masks())
         return not any(broken_groups(whole, self.pattern, transposed).any() for _, whole, transposed in self.whole())
 
     # ---- The live model ----

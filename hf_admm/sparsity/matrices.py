@@ -10,6 +10,11 @@ from transformers.pytorch_utils import Conv1D
 # Routers of a mixture of experts: a few outputs that decide where every token goes.
 ROUTERS = ("router", "gate", "router_gate", "shared_expert_gate")
 FROZEN = "frozen"  # why a weight is left that would be pruned, were it trained
+TIED = "tied to another module"
+CONVOLUTION = "convolution"
+EMBEDDING = "embedding"
+ROUTER = "router"
+FUSED_EXPERTS = "fused experts (unsupported)"
 # Queries, keys and values of `nn.MultiheadAttention`: one parameter, or three if their widths differ.
 _ATTENTION_WEIGHTS = ("in_proj_weight", "q_proj_weight", "k_proj_weight", "v_proj_weight")
 _PARAMETRIZATIONS = "parametrizations"
@@ -60,7 +65,7 @@ class Matrix:
         if self.fault:
             return f"tied {self.fault}" if self.tied_to else self.fault
         if self.tied_to:
-            return "tied to another module"
+            return TIED
         return None if self.parameter.requires_grad else FROZEN
 
 
@@ -119,6 +124,16 @@ def is_router(parts: list[str]) -> bool:
     return "router" in parts or parts[-1] in ROUTERS or parts[-1].endswith("_router")
 
 
+def adapter_prefixes(model: nn.Module) -> tuple[str, ...]:
+    """Prefixes of the parameters that PEFT has put beside a layer, which it holds as `base_layer`."""
+    prefixes = []
+    for name, module in named_modules(model).items():
+        if "base_layer" in module._modules:
+            beside = [part for part in (*module._modules, *module._parameters) if part != "base_layer"]
+            prefixes += [f"{name}.{part}".lstrip(".") for part in beside]
+    return tuple(prefixes)
+
+
 def _owner(name: str) -> tuple[str, str]:
     """The module that computes with a parameter, and the parameter's name there."""
     parts = name.split(".")
@@ -139,13 +154,13 @@ def _judge(name: str, owner: nn.Module, attribute: str) -> tuple[bool, str | Non
         return False, "not a linear layer"
     parts = name.removesuffix(".weight").split(".")
     if isinstance(owner, nn.Embedding):
-        return False, "embedding"
+        return False, EMBEDDING
     if is_router(parts):
-        return False, "router"
+        return False, ROUTER
     if isinstance(owner, nn.modules.conv._ConvNd):
-        return False, "convolution"
+        return False, CONVOLUTION
     # All experts of a layer in one tensor of three dimensions. A limit, not a choice: they are most of the model.
-    return False, "fused experts (unsupported)" if "experts" in parts else "not a linear layer"
+    return False, FUSED_EXPERTS if "experts" in parts else "not a linear layer"
 
 
 def how_to_fold(matrix: Matrix) -> str:

@@ -1,7 +1,7 @@
 """What `sparsity_include` and `sparsity_exclude` name: PEFT's convention, and names that would have no effect."""
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 
 from torch import nn
 
@@ -26,9 +26,10 @@ def matches(name: str, names: list[str] | str) -> bool:
     return any(name == suffix or name.endswith(f".{suffix}") for suffix in names)
 
 
-def check_include(known: Mapping[str, Matrix], include: Names, exclude: Names) -> None:
+def check_include(known: Mapping[str, Matrix], include: Names, exclude: Names, accepted: Collection[str] = ()) -> None:
     """
-    Every name must match what can be pruned: else a layer would silently stay dense.
+    Every name must match what can be pruned, or what stays dense for an accepted reason: else a layer would silently
+    stay dense.
 
     A linear layer that can't be pruned is refused whenever it is matched, and not excluded. What is no linear layer
     (an embedding, a convolution, experts) is refused if the name matches nothing else: `proj` may mean others too.
@@ -43,7 +44,7 @@ def check_include(known: Mapping[str, Matrix], include: Names, exclude: Names) -
             unmatched.append(entry)
         for matrix in linear or found:
             excluded = exclude is not None and any(matches(name, exclude) for name in matrix.names)
-            if matrix.reason and not excluded:
+            if matrix.reason and matrix.reason not in accepted and not excluded:
                 refused[matrix.module if matrix.linear else matrix.name] = matrix
     if unmatched:
         raise ValueError(_no_match("sparsity_include", unmatched, known))

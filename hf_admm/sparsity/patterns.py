@@ -8,15 +8,18 @@ each group may be non-zero. `N` and `K` always count the entries that are **kept
 | `2:4`, any `N:M` | [`NMPattern`] | M consecutive inputs of one output |
 | `4x4:8`, any `RxC:K` | [`BlockPattern`] | R outputs by C inputs |
 | `0.5`, any density | [`DensityPattern`] | the whole weight |
+| `own` | [`OwnPattern`] | each entry by itself: what is zero stays zero |
 """
 
 import re
 from dataclasses import dataclass, replace
 
 
+OWN = "own"
 ALLOWED_PATTERNS = (
     "'N:M' with 1 <= N <= M (N kept of every M consecutive inputs, such as '2:4'), 'RxC:K' with 1 <= K <= R*C (K kept "
-    "of every block of R outputs by C inputs, such as '4x4:8'), or a density between 0 and 1 (such as '0.5')"
+    "of every block of R outputs by C inputs, such as '4x4:8'), a density between 0 and 1 (such as '0.5'), or 'own' "
+    "(the zeros that the weights have already)"
 )
 
 
@@ -176,7 +179,26 @@ class DensityPattern:
         return None
 
 
-SparsityPattern = NMPattern | BlockPattern | DensityPattern
+@dataclass(frozen=True)
+class OwnPattern:
+    """
+    The zeros that each weight has already, in whatever pattern they lie. Which they are is not told by the pattern but
+    by the weights when training begins, or by the checkpoint that they came from.
+    """
+
+    def __str__(self) -> str:
+        return OWN
+
+    def stage(self, progress: float) -> "OwnPattern":
+        """Itself: there is no way to go."""
+        return self
+
+    def misfit(self, out_features: int, in_features: int) -> str | None:
+        """`None`: a mask of its own fits every weight."""
+        return None
+
+
+SparsityPattern = NMPattern | BlockPattern | DensityPattern | OwnPattern
 
 
 def parse_pattern(text: str) -> SparsityPattern:
@@ -185,15 +207,17 @@ def parse_pattern(text: str) -> SparsityPattern:
 
     Args:
         text (`str`):
-            `"N:M"`, `"RxC:K"` or a density, see the table of the module.
+            `"N:M"`, `"RxC:K"`, a density or `"own"`, see the table of the module.
 
     Returns:
-        [`NMPattern`], [`BlockPattern`] or [`DensityPattern`].
+        [`NMPattern`], [`BlockPattern`], [`DensityPattern`] or [`OwnPattern`].
 
     Raises:
-        `ValueError`: If the string has none of the three forms, or its numbers are out of range.
+        `ValueError`: If the string has none of these forms, or its numbers are out of range.
     """
     stripped = str(text).strip()
+    if stripped.lower() == OWN:
+        return OwnPattern()
     if match := re.fullmatch(f"{_NUMBER}:{_NUMBER}", stripped):
         return NMPattern(*map(int, match.groups()))
     if match := re.fullmatch(f"{_NUMBER}x{_NUMBER}:{_NUMBER}", stripped):

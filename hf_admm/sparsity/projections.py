@@ -12,7 +12,7 @@ So a mask keeps as many entries as ever, and a NaN in a weight is kept rather th
 import torch
 
 from hf_admm.sparsity.chunks import row_chunks
-from hf_admm.sparsity.patterns import BlockPattern, DensityPattern, NMPattern, SparsityPattern
+from hf_admm.sparsity.patterns import BlockPattern, DensityPattern, NMPattern, OwnPattern, SparsityPattern
 from hf_admm.sparsity.selection import (
     SAME_SIZE_INTEGER,
     WIDEST_COMPARED,
@@ -54,6 +54,8 @@ def to_groups(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool =
 
 
 def _check_fit(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool) -> None:
+    if isinstance(pattern, OwnPattern):
+        raise ValueError("Pattern own has no groups: compare the zeros of a weight with those of the weight it was.")
     if tensor.dim() != 2:
         raise ValueError(f"A pattern divides a matrix into groups, got a tensor of shape {tuple(tensor.shape)}.")
     shape = tuple(reversed(tensor.shape)) if transposed else tuple(tensor.shape)
@@ -88,12 +90,15 @@ def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bo
             As for [`to_groups`].
 
     Returns:
-        `torch.BoolTensor` of the shape of `tensor`: `True` where an entry is kept.
+        `torch.BoolTensor` of the shape of `tensor`: `True` where an entry is kept. For [`OwnPattern`], where it is not
+            zero, in a tensor of any shape.
 
     Raises:
         `ValueError`: If the pattern does not fit the shape.
     """
     tensor = tensor.detach()
+    if isinstance(pattern, OwnPattern):
+        return tensor != 0
     if isinstance(pattern, DensityPattern) or pattern.group_size > WIDEST_COMPARED:
         groups = to_groups(tensor, pattern, transposed)
         if not groups.numel():

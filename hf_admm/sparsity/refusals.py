@@ -41,7 +41,9 @@ def refuse_frozen_base(model: nn.Module, known: Mapping[str, Matrix]) -> None:
             "`model = model.merge_and_unload()`, then `model.requires_grad_(True)`, since merged weights stay frozen; "
             "and fine-tune the merged model. If the adapters were loaded into the model itself (`add_adapter`, "
             "`load_adapter`, Sentence Transformers), save them and load them with "
-            "`peft.PeftModel.from_pretrained(base, folder)`, which can be merged."
+            "`peft.PeftModel.from_pretrained(base, folder)`, which can be merged. If the base is sparse already, "
+            "train its adapters with sparsity_pattern='own' and merge them with hf_admm.merge_sparse_adapter, which "
+            "keeps its zeros."
         )
 
 

@@ -6,7 +6,7 @@ from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults, pull_s
 from hf_admm.pruning.phases import PhaseSettings
 from hf_admm.pruning.schedules import PhasePlan, to_steps
 from hf_admm.sparsity.naming import as_names
-from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
+from hf_admm.sparsity.patterns import OwnPattern, SparsityPattern, parse_pattern
 
 
 class DerivedFlags:
@@ -24,6 +24,11 @@ class DerivedFlags:
     def pattern(self) -> SparsityPattern | None:
         """The parsed `sparsity_pattern`, `None` for `"none"`."""
         return parse_pattern(self.sparsity_pattern) if self.is_sparse else None
+
+    @property
+    def is_own(self) -> bool:
+        """Whether the model brings its mask, so that there are no phases."""
+        return isinstance(self.pattern, OwnPattern)
 
     @property
     def rho(self) -> float:
@@ -50,6 +55,8 @@ class DerivedFlags:
     @property
     def lr_multiplier(self) -> float:
         """`srste_lr_multiplier`, or what is taken for it."""
+        if self.is_own:
+            return 1.0
         return self.defaults.lr_multiplier if self.srste_lr_multiplier is None else self.srste_lr_multiplier
 
     @property
@@ -92,6 +99,8 @@ class DerivedFlags:
         Raises:
             `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
         """
+        if self.is_own:
+            return PhasePlan(max_steps, 0, 0)
         admm_steps = to_steps("admm_steps", self.admm_steps, max_steps)
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
         freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
