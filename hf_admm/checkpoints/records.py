@@ -13,6 +13,7 @@ from hf_admm.checkpoints.files import INDEX_NAME, RECORD_NAME, RECORD_VERSION, W
 from hf_admm.checkpoints.saved_names import saved_names
 from hf_admm.checkpoints.staging import STAGING_NAME
 from hf_admm.pruning.weights import PrunedWeights
+from hf_admm.sparsity.patterns import SparsityPattern
 from hf_admm.version import __version__
 
 
