@@ -3,20 +3,20 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.utils import logging
 
 from hf_admm.arguments import ADMMArgumentsMixin, with_flags
 from hf_admm.audit import AuditReport, audit_weights
-from hf_admm.callbacks import MetricsCallback, PhaseCallback
+from hf_admm.callbacks import MetricsCallback, PhaseCallback, PhaseProgressCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
+from hf_admm.console import get_logger
 from hf_admm.pruning.shards import DTensor, local
 from hf_admm.pruning.state import ADMMState
+from hf_admm.reporting.run_reports import RunReportsMixin
 from hf_admm.sparsity.targets import TargetSelection, select_targets
 from hf_admm.training.argument_classes import arguments_class, wrong_arguments
 from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
@@ -25,10 +25,10 @@ from hf_admm.training.signatures import GivenArguments, show_arguments
 from hf_admm.validation import unsupported_backend
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
-class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScalingMixin):
+class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScalingMixin):
     """
     Sparse fine-tuning for any `Trainer`, whatever its signature: mix it in before the trainer class, and pass
     [`ADMMTrainingArguments`], or, where the trainer has a class of arguments of its own, one that
@@ -94,6 +94,7 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         if not any(isinstance(callback, PhaseCallback) for callback in self.callback_handler.callbacks):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [PhaseCallback(self.sparsity), MetricsCallback(self.sparsity)]
+            ours.append(PhaseProgressCallback(self.sparsity, self.callback_handler))
             self.callback_handler.callbacks[1:1] = ours
 
     def _check_backend(self) -> None:
@@ -109,13 +110,10 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
 
     def _announce(self) -> None:
         selection = self.select_targets()
-        headline = f"pattern {self.args.pattern}, {selection.summary()}"
-        if headline == self._announced:
-            return
-        self._announced = headline
-        logger.info(f"Pattern {self.args.pattern}:\n{selection.table()}")
-        if self.is_world_process_zero():
-            print(f"hf_admm: {headline}")
+        table = f"Pattern {self.args.pattern}:\n{selection.table()}"
+        if table != self._announced:
+            self._announced = table
+            logger.info(table)
             if warning := selection.warning():
                 logger.warning(warning)
 
@@ -140,6 +138,7 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
             raise
         if self.sparsity.finished:
             self._audit()
+            self._say_closing()
         return output
 
     def _hp_search_setup(self, trial) -> None:
@@ -153,8 +152,6 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         weights = self.sparsity.weights
         self.audit = audit_weights(weights.whole(), weights.pattern, weights.released)
         logger.info(f"Final audit:\n{self.audit.table()}")
-        if self.is_world_process_zero():
-            print(f"hf_admm: final audit, {self.audit.verdict()}")
         if not self.audit.ok:
             raise RuntimeError(
                 f"{self.audit.violations} groups break the pattern {self.args.pattern} after training. Something "
@@ -258,23 +255,6 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         due = self.control.should_evaluate or self.control.should_save
         with self.sparsity.sparse_weights() if due else nullcontext():
             super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
-        if not self.sparsity.targets:
-            return super().create_model_card(*args, **kwargs)
-        given = GivenArguments(type(self), ADMMTrainerMixin, "create_model_card", args, kwargs)
-        if given.takes("tags"):
-            tags = given.get("tags") or []
-            tags = [tags] if isinstance(tags, str) else list(tags)
-            ours = ("hf-admm", "sparsity", str(self.sparsity.weights.pattern))
-            given.put("tags", tags + [tag for tag in ours if tag not in tags])
-        super().create_model_card(*given.args, **given.kwargs)
-        path = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and path.is_file():
-            pattern, held = self.sparsity.weights.pattern, len(self.sparsity.targets)
-            with open(path, "a", encoding="utf-8") as card:
-                card.write(f"\n### Sparsity\n\nEvery group of {held} weights obeys the pattern `{pattern}`.\n")
 
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):
