@@ -2,14 +2,12 @@
 
 import dataclasses
 import difflib
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from transformers import HfArgumentParser
-
-from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.commands.help import FlagParser
 from hf_admm.configs import load_config
 
 
@@ -42,6 +40,8 @@ class CommandArguments:
             Longer inputs are truncated to that many tokens.
         dry_run (`bool`, *optional*, defaults to `False`):
             Print what would be pruned and stop.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Print nothing but the final table, warnings and errors.
 
     Raises:
         `ValueError`: If a number is below 1.
@@ -61,6 +61,10 @@ class CommandArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Whether to print which weights would be pruned, and stop there."}
     )
+    quiet: bool = field(
+        default=False,
+        metadata={"help": "Whether to print the final table alone: no progress, no logs; warnings and errors stay."},
+    )
 
     def __post_init__(self):
         for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
@@ -70,13 +74,6 @@ class CommandArguments:
 
 
 Arguments = TypeVar("Arguments", bound=CommandArguments)
-
-
-class _Parser(HfArgumentParser):
-    """Raises where argparse would print a usage of two hundred flags and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. See {self.prog} --help.")
 
 
 def parse_flags(
@@ -104,8 +101,8 @@ def parse_flags(
     Raises:
         `ValueError`: If a flag, a key of the config or a value is not allowed.
     """
-    parser = _Parser((command_type, ADMMTrainingArguments), prog=prog, description=description, allow_abbrev=False)
-    known = {action.dest for action in parser._actions if action.dest not in ("help", SUPPRESS)}
+    parser = FlagParser(command_type, prog, description)
+    known = parser.flags
     values = {**defaults, **_config_values(argv, known)}
     # As text they go through the same conversions and checks as what is typed on the command line.
     parser.set_defaults(**{name: _as_typed(value) for name, value in values.items()})

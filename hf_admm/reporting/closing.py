@@ -61,7 +61,7 @@ def closing_table(
 def _metrics(state: TrainerState, best_loaded: bool) -> str:
     metrics, step = final_metrics(state, best_loaded)
     if not metrics:
-        return "none: nothing was evaluated (eval_strategy, or trainer.evaluate())"
+        return "none in training (eval_strategy, or trainer.evaluate())"
     shown = [f"{name} {number_text(value)}" for name, value in list(metrics.items())[:_MOST_METRICS]]
     hidden = len(metrics) - len(shown)
     return ", ".join(shown) + (f" and {hidden} more" if hidden else "") + f" (of the sparse weights, at step {step})"
@@ -142,7 +142,7 @@ def _figures(number: int, own: Sequence[Mapping[str, float]], second: Sequence[M
         if cut is not None:
             texts.append(f"{cut:.2%} cut off at the switch")
     if (flips := _last(own, "admm/mask_flips")) is not None:
-        texts.append(f"flips {flips:.3%}")
+        texts.append(f"flips {flips:.2g}")
     return f": {', '.join(texts)}" if texts else ""
 
 
