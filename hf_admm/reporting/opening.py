@@ -31,11 +31,12 @@ def opening_table(args, state: ADMMState, max_steps: int, step: int = 0, model_n
     """
     selection, settings = state.selection, args.phase_settings(max_steps)
     resumed = f", resumed after step {step}" if step else ""
-    lines = [f"hf_admm: {model_name} to {args.pattern} in {max_steps} steps{resumed} ({pattern_words(args.pattern)})"]
+    lines = [f"hf_admm: {model_name} to {args.pattern} in {max_steps} steps{resumed}"]
     lines += ["", kinds_table({name: target.shape for name, target in selection.targets.items()}), ""]
     memory = [f"{size_text(size)} in phase {number}" for number, size in _memory(state, settings)]
     place = "in CPU memory" if settings.offload and _on_gpu(state) else "beside the weights"
     facts = [
+        ("pattern", pattern_words(args.pattern)),
         ("pruned", f"{selection.share():.1%} of the entries of all matrices"),
         ("left dense", selection.reasons()),
         *phase_words(args, max_steps),

@@ -31,7 +31,7 @@ class RunReportsMixin:
             self.audit,
             self.args.phase_plan(self.state.max_steps).admm_steps,
             best_loaded=self._best_is_loaded(),
-            files=self.saved_files(),
+            files=self.saved_files() or [("saved", "nothing yet")],
             commands=self.next_commands(),
         )
         say(text, self.args)
@@ -60,7 +60,7 @@ class RunReportsMixin:
         if files := self.saved_files():
             return [f"hf-admm verify {files[0][1]}"]
         folder = os.path.join(self.args.output_dir, "model")
-        return [f'trainer.save_model("{folder}")  # nothing was saved yet', f"hf-admm verify {folder}"]
+        return [f'trainer.save_model("{folder}")', f"hf-admm verify {folder}"]
 
     def _best_is_loaded(self) -> bool:
         return bool(self.args.load_best_model_at_end and self.state.best_model_checkpoint)
