@@ -1,13 +1,13 @@
 """When the phases of a sparse run act."""
 
 from transformers import TrainerCallback
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import select_targets
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class PhaseCallback(TrainerCallback):

@@ -108,7 +108,7 @@ def apply_config(parser: ArgumentParser, name_or_path: str | PathLike) -> None:
             recipe names no other.
     """
     values = load_config(name_or_path)
-    known = {action.dest for action in parser._actions} - {"help", "config", SUPPRESS}
+    known = {action.dest for action in parser._actions} - {"help", "help_all", "config", SUPPRESS}
     if unknown := [key for key in values if key not in known]:
         raise ValueError(
             f"Config {str(name_or_path)!r} has keys that are no flags: {with_hints(unknown, sorted(known))}. Take "

@@ -3,21 +3,21 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
-from pathlib import Path
 
 import torch
 from torch import nn
 from transformers import Trainer
-from transformers.utils import logging
 
 from hf_admm.arguments import ADMMArgumentsMixin, with_flags
 from hf_admm.audit import AuditReport, audit_weights
-from hf_admm.callbacks import MetricsCallback, PhaseCallback
+from hf_admm.callbacks import MetricsCallback, PhaseCallback, PhaseProgressCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
+from hf_admm.console import get_logger
 from hf_admm.mask_audit import audit_masks
 from hf_admm.pruning.shards import DTensor, local
 from hf_admm.pruning.state import ADMMState
+from hf_admm.reporting.run_reports import RunReportsMixin
 from hf_admm.sparsity.targets import TargetSelection, select_targets
 from hf_admm.training.argument_classes import arguments_class, wrong_arguments
 from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
@@ -26,10 +26,10 @@ from hf_admm.training.signatures import GivenArguments, show_arguments
 from hf_admm.validation import unsupported_backend
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
-class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScalingMixin):
+class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScalingMixin):
     """
     Sparse fine-tuning for any `Trainer`, whatever its signature: mix it in before the trainer class, and pass
     [`ADMMTrainingArguments`], or, where the trainer has a class of arguments of its own, one that
@@ -95,6 +95,7 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         if not any(isinstance(callback, PhaseCallback) for callback in self.callback_handler.callbacks):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
             ours = [PhaseCallback(self.sparsity), MetricsCallback(self.sparsity)]
+            ours.append(PhaseProgressCallback(self.sparsity, self.callback_handler))
             self.callback_handler.callbacks[1:1] = ours
 
     def _check_backend(self) -> None:
@@ -110,13 +111,10 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
 
     def _announce(self) -> None:
         selection = self.select_targets()
-        headline = f"pattern {self.args.pattern}, {selection.summary()}"
-        if headline == self._announced:
-            return
-        self._announced = headline
-        logger.info(f"Pattern {self.args.pattern}:\n{selection.table()}")
-        if self.is_world_process_zero():
-            print(f"hf_admm: {headline}")
+        table = f"Pattern {self.args.pattern}:\n{selection.table()}"
+        if table != self._announced:
+            self._announced = table
+            logger.info(table)
             if warning := selection.warning():
                 logger.warning(warning)
 
@@ -141,6 +139,7 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
             raise
         if self.sparsity.finished:
             self._audit()
+            self._say_closing()
         return output
 
     def _hp_search_setup(self, trial) -> None:
@@ -157,8 +156,6 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         else:
             self.audit = audit_weights(weights.whole(), weights.pattern, weights.released)
         logger.info(f"Final audit:\n{self.audit.table()}")
-        if self.is_world_process_zero():
-            print(f"hf_admm: final audit, {self.audit.verdict()}")
         if not self.audit.ok:
             fault = f"groups break the pattern {self.args.pattern}"
             if self.args.is_own:
@@ -265,26 +262,6 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
         due = self.control.should_evaluate or self.control.should_save
         with self.sparsity.sparse_weights() if due else nullcontext():
             super()._maybe_log_save_evaluate(*args, **kwargs)
-
-    def create_model_card(self, *args, **kwargs) -> None:
-        """[`~transformers.Trainer.create_model_card`], with tags and a section for the sparsity."""
-        if not self.sparsity.targets:
-            return super().create_model_card(*args, **kwargs)
-        given = GivenArguments(type(self), ADMMTrainerMixin, "create_model_card", args, kwargs)
-        if given.takes("tags"):
-            tags = given.get("tags") or []
-            tags = [tags] if isinstance(tags, str) else list(tags)
-            ours = ("hf-admm", "sparsity", str(self.sparsity.weights.pattern))
-            given.put("tags", tags + [tag for tag in ours if tag not in tags])
-        super().create_model_card(*given.args, **given.kwargs)
-        path = Path(self.args.output_dir) / "README.md"
-        if self.is_world_process_zero() and path.is_file():
-            pattern, held = self.sparsity.weights.pattern, len(self.sparsity.targets)
-            with open(path, "a", encoding="utf-8") as card:
-                what = f"Every group of {held} weights obeys the pattern `{pattern}`."
-                if self.args.is_own:
-                    what = f"{held} weights keep every zero of the sparse model that they were fine-tuned from."
-                card.write(f"\n### Sparsity\n\n{what}\n")
 
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):

@@ -12,15 +12,15 @@ import torch
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
 
 
-def launch(processes: int, worker: str, *arguments: object, fails: bool = False, timeout: int = 300) -> str:
-    """Returns what the worker wrote to stderr."""
+def launch(processes: int, worker: str, *arguments: object, fails=False, timeout: int = 300, stdout=False) -> str:
+    """Returns what the worker wrote to stderr, with what it wrote to stdout before it if that is wanted."""
     torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
     script = Path(__file__).with_name(worker)
     command = [sys.executable, *(torchrun if processes > 1 else []), str(script), *map(str, arguments)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(script.parent.parent)}
     result = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=timeout)
     assert (result.returncode != 0) == fails, result.stderr[-3000:]
-    return result.stderr
+    return result.stdout + result.stderr if stdout else result.stderr
 
 
 def leave() -> None:

@@ -10,6 +10,7 @@ import torch
 from datasets import Dataset
 from transformers import BertConfig, BertModel, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
+from cards import valid_card
 from hf_admm import ADMMArgumentsMixin, ADMMTrainerMixin, ADMMTrainingArguments, audit_checkpoint
 from tiny_runs import SETTINGS, assert_same_weights, weights
 
@@ -105,8 +106,11 @@ def test_trl_trains_saves_and_resumes(name, base, tmp_path):
     resumed = trl_trainer(name, base, tmp_path / "resumed", by_position=False, mixin_first=False)
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     assert_same_weights(resumed.model, weights(trainer.model))
-    card = (tmp_path / "straight" / "README.md").read_text()
-    assert "hf-admm" in card and "obeys the pattern `2:4`" in card
+    trainer.create_model_card(model_name="mine")
+    card = valid_card(tmp_path / "straight" / "README.md")
+    assert {"trl", "hf-admm", "sparsity", "2:4"} <= set(card.data.tags) and card.data.library_name == "transformers"
+    assert "It has been trained using [TRL]" in card.text and "@software{vonwerra2020trl" in card.text
+    assert card.text.count("## Sparsity") == 1 and "OK: every group of every sparse weight (7 of them)" in card.text
 
 
 @pytest.mark.parametrize("name", list(ROWS))
@@ -191,6 +195,16 @@ def test_sentence_transformers_resume_and_load_their_best(kind, bert_folder, tmp
     recorded = [len(json.loads((place / "hf_admm.json").read_text())["targets"]) for place in places]
     assert sum(recorded) == len(trainer.sparsity.targets)
     assert all(audit_checkpoint(place).ok for place in places)
+    trainer.create_model_card()
+    straight = tmp_path / "straight"
+    for place, verdict in ((straight, "OK: every group"), (straight / "checkpoint-2", "none yet")):
+        card = valid_card(place / "README.md")
+        assert {"sentence-transformers", "hf-admm", "2:4"} <= set(card.data.tags)
+        assert card.data.library_name == "sentence-transformers"
+        assert "# For reference on model card metadata" in (place / "README.md").read_text()
+        assert "## Usage" in card.text and "### Training Hyperparameters" in card.text
+        assert card.text.count("## Sparsity") == 1 and f"| verification | {verdict}" in card.text
+        assert f'model = {kind}("straight")' in card.text
     resumed = sentence_trainer(kind, bert_folder, tmp_path / "resumed")
     resumed.train(resume_from_checkpoint=str(tmp_path / "straight" / "checkpoint-2"))
     assert_same_weights(resumed.model, weights(trainer.model))

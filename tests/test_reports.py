@@ -12,6 +12,7 @@ from huggingface_hub.utils import filter_repo_objects
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import Trainer
 
+from cards import valid_card
 from hf_admm import ADMMTrainerMixin, audit_checkpoint
 from tiny_runs import train
 
@@ -54,9 +55,10 @@ def test_every_push_to_the_hub_is_a_sparse_model(strategy, tiny_bert, token_data
         assert ("admm_state.safetensors" in files) == (place == "last-checkpoint" and "optimizer.pt" in files)
         assert audit_checkpoint(folder).ok
         assert json.loads((folder / "hf_admm.json").read_text())["pattern"] == "2:4"
-    card = ModelCard.load(hub.pushes[-1][1] / "README.md")
-    assert {"mine", "hf-admm", "sparsity", "2:4"} <= set(card.data.tags)
-    assert "Every group of 12 weights obeys the pattern `2:4`." in card.text
+    card = valid_card(hub.pushes[-1][1] / "README.md")
+    assert {"mine", "hf-admm", "sparsity", "2:4", "generated_from_trainer"} <= set(card.data.tags)
+    assert "| verification | OK: every group of every sparse weight (12 of them) obeys 2:4. |" in card.text
+    assert 'BertForSequenceClassification.from_pretrained("me/run")' in card.text
 
 
 def test_the_card_of_a_trainer_with_other_arguments(tiny_bert, token_data, tmp_path):
@@ -66,18 +68,23 @@ def test_the_card_of_a_trainer_with_other_arguments(tiny_bert, token_data, tmp_p
     class Other(Trainer):
         def create_model_card(self, model_name=None, dataset_name=None, tags=None):
             cards.append((model_name, dataset_name, tags))
-            (Path(self.args.output_dir) / "README.md").write_text("# Card\n")
+            (Path(self.args.output_dir) / "README.md").write_text("---\ntags: [one]\n---\n# Card\n")
 
         def _save_checkpoint(self, model, trial):
             self.create_model_card(model_name="mine")
             super()._save_checkpoint(model, trial)
 
     sparse = type("Sparse", (ADMMTrainerMixin, Other), {})
+    tags = {}
     for pattern in ("2:4", "none"):
         train(
             tiny_bert(), token_data(), tmp_path, sparse, sparsity_pattern=pattern, save_strategy="steps", save_steps=12
         )
-    assert cards == [("mine", None, ["hf-admm", "sparsity", "2:4"]), ("mine", None, None)]
+        card = valid_card(tmp_path / "README.md")
+        assert "# Card" in card.text
+        tags[pattern] = card.data.tags
+    assert cards == [("mine", None, None)] * 2
+    assert tags == {"2:4": ["one", "hf-admm", "sparsity", "2:4"], "none": ["one"]}
 
 
 def test_the_card_of_a_dense_run_is_that_of_trainer(tiny_bert, token_data, tmp_path):

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
-from transformers.utils import logging
 
 from hf_admm.checkpoints.files import INDEX_NAME, RECORD_NAME, RECORD_VERSION, WEIGHTS_NAME
 from hf_admm.checkpoints.saved_names import saved_names
 from hf_admm.checkpoints.staging import STAGING_NAME
+from hf_admm.console import get_logger
 from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.patterns import SparsityPattern
 from hf_admm.version import __version__
@@ -19,7 +19,7 @@ from hf_admm.version import __version__
 
 ADAPTER_NAME = "adapter_model.safetensors"  # all that PEFT saves: its base lies elsewhere
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def find_weights(folder: Path) -> dict[Path, tuple]:

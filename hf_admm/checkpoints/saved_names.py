@@ -16,13 +16,13 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
-from transformers.utils import logging
 
 from hf_admm.checkpoints.files import read_names, read_some
+from hf_admm.console import get_logger
 from hf_admm.pruning.shards import DTensor
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def saved_names(model: nn.Module, weights: Mapping[str, torch.Tensor], folder: Path) -> dict[str, str]:

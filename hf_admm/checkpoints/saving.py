@@ -8,18 +8,18 @@ from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
-from transformers.utils import logging
 
 from hf_admm.checkpoints.files import RECORD_NAME
 from hf_admm.checkpoints.records import find_weights, save_records
 from hf_admm.checkpoints.saved_names import load_renamed
 from hf_admm.checkpoints.sidecar import check_sidecar, has_sidecar, load_sidecar, save_sidecar
 from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, publish_rest, rotate
+from hf_admm.console import get_logger
 from hf_admm.pruning.phases import Finished
 from hf_admm.training.signatures import GivenArguments, surround
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class SparseCheckpointsMixin:

@@ -11,17 +11,17 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 from safetensors.torch import load_model, save_model
-from transformers.utils import logging
 
 from hf_admm.checkpoints.files import UNREADABLE, sync
 from hf_admm.checkpoints.sidecar import checksum
 from hf_admm.checkpoints.staging import STAGING_NAME
+from hf_admm.console import get_logger
 from hf_admm.training.distillation_arguments import SELF
 from hf_admm.training.signatures import surround
 from hf_admm.training.teaching import DistillationMixin
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 TEACHER_RECORD = "distill_teacher.json"
 TEACHER_WEIGHTS = "_distill_teacher.safetensors"

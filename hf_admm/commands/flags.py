@@ -1,14 +1,12 @@
 """What the training commands share: their flags, and where a flag's value comes from."""
 
 import dataclasses
-from argparse import SUPPRESS, ArgumentParser
+from argparse import ArgumentParser
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
-from transformers import HfArgumentParser
-
-from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.commands.help import FlagParser
 from hf_admm.configs import apply_config, as_typed, with_hints
 
 
@@ -41,6 +39,8 @@ class CommandArguments:
             Longer inputs are truncated to that many tokens.
         dry_run (`bool`, *optional*, defaults to `False`):
             Print what would be pruned and stop.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Print nothing but the final table, warnings and errors.
 
     Raises:
         `ValueError`: If a number is below 1.
@@ -60,6 +60,10 @@ class CommandArguments:
     dry_run: bool = field(
         default=False, metadata={"help": "Whether to print which weights would be pruned, and stop there."}
     )
+    quiet: bool = field(
+        default=False,
+        metadata={"help": "Whether to print the final table alone: no progress, no logs; warnings and errors stay."},
+    )
 
     def __post_init__(self):
         for name in ("max_train_samples", "max_eval_samples", "max_seq_length"):
@@ -69,13 +73,6 @@ class CommandArguments:
 
 
 Arguments = TypeVar("Arguments", bound=CommandArguments)
-
-
-class _Parser(HfArgumentParser):
-    """Raises where argparse would print a usage of two hundred flags and exit."""
-
-    def error(self, message: str) -> NoReturn:
-        raise ValueError(f"{message}. See {self.prog} --help.")
 
 
 def parse_flags(
@@ -103,13 +100,13 @@ def parse_flags(
     Raises:
         `ValueError`: If a flag, a key of the config or a value is not allowed.
     """
-    parser = _Parser((command_type, ADMMTrainingArguments), prog=prog, description=description, allow_abbrev=False)
+    parser = FlagParser(command_type, prog, description)
+    known = [f"--{name}" for name in parser.flags]
     parser.set_defaults(**{name: as_typed(value) for name, value in defaults.items()})
     if (config := _config(argv)) is not None:
         apply_config(parser, config)
     namespace, unknown = parser.parse_known_args(list(argv))
     if unknown:
-        known = [f"--{action.dest}" for action in parser._actions if action.dest not in ("help", SUPPRESS)]
         raise ValueError(f"{prog} does not know {with_hints(unknown, known)}.")
     parsed = vars(namespace)
     own = {item.name: parsed.pop(item.name) for item in dataclasses.fields(command_type)}

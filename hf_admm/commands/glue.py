@@ -6,9 +6,10 @@ from dataclasses import dataclass, field
 
 from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
 from hf_admm.commands.training import fine_tune
+from hf_admm.console import say
 from hf_admm.finetuning.glue import GLUE_TASKS, HUB_DATASET, get_task, load_glue
 from hf_admm.finetuning.metric import GlueMetric
-from hf_admm.finetuning.results import results_table
+from hf_admm.finetuning.results import MODEL_FOLDER, results_table
 from hf_admm.finetuning.tasks import TextTask
 
 
@@ -73,7 +74,9 @@ def main(argv: Sequence[str]) -> int:
     task = glue_task(command.task_name, command.data_dir)
     results = fine_tune(command, arguments, task, command.model_name_or_path, command.dense_baseline)
     if results is not None:
-        print(results_table(results, arguments["output_dir"]))
+        say(results_table(results, arguments["output_dir"]))
+        if not command.quiet and results["sparse"]:
+            say(f"\nnext: hf-admm verify {os.path.join(arguments['output_dir'], MODEL_FOLDER)}")
     return 0
 
 

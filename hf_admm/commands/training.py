@@ -2,7 +2,11 @@
 
 from typing import Any
 
+import datasets
+from transformers.utils import logging
+
 from hf_admm.commands.flags import CommandArguments
+from hf_admm.console import say
 from hf_admm.finetuning.tasks import TextTask
 from hf_admm.finetuning.text_classification import FineTuning
 
@@ -35,14 +39,19 @@ def fine_tune(
     Returns:
         `dict[str, Any]`: The contents of `results.json`; `None` after a dry run.
     """
+    if command.quiet:
+        logging.set_verbosity_error()  # what loading a model says too
+        logging.disable_progress_bar()
+        datasets.disable_progress_bars()
     fine_tuning = FineTuning(
         task=task.limited(command.max_train_samples, command.max_eval_samples),
         model_name_or_path=model_name_or_path,
         arguments=arguments,
         max_seq_length=command.max_seq_length,
         model_label=model_label,
+        quiet=command.quiet,
     )
     if command.dry_run:
-        print(fine_tuning.target_table())
+        say(fine_tuning.target_table())
         return None
     return fine_tuning.run(dense_baseline=dense_baseline)

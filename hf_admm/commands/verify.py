@@ -27,7 +27,8 @@ _EXIT_CODES = (
 
 def main(argv: Sequence[str] | None = None) -> int:
     """
-    Runs `hf-admm verify PATH_OR_ID [--pattern 2:4] [--expect NAMES...] [--at_least N] [--against BASE] [--json]`.
+    Runs `hf-admm verify PATH_OR_ID [--pattern 2:4] [--expect NAMES...] [--at_least N] [--against BASE] [--json]
+    [--quiet]`.
 
     Args:
         argv (`Sequence[str]`, *optional*):
@@ -46,7 +47,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.json:
         print(json.dumps({"path": str(folder), **report.to_dict(), "verdict": report.verdict()}, indent=2))
     else:
-        print(report.table())
+        if not args.quiet:
+            print(report.table())
         print(report.verdict())
     return 0 if report.ok else 1
 
@@ -76,6 +78,7 @@ def _parser() -> argparse.ArgumentParser:
         "be there, whatever their pattern",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of the table")
+    parser.add_argument("--quiet", action="store_true", help="print the verdict alone, the last line")
     return parser
 
 

@@ -5,10 +5,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import datasets
-from transformers.utils import logging
+
+from hf_admm.console import get_logger
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 HUB_DATASET = "nyu-mll/glue"
 

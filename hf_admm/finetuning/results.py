@@ -4,12 +4,12 @@ import json
 import math
 import os
 import platform
-from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+from hf_admm.reporting.tables import format_table
 from hf_admm.version import __version__
 
 
@@ -98,28 +98,6 @@ def _jsonable(value: Any) -> Any:
     if isinstance(value, float):
         return value if math.isfinite(value) else None
     return value if value is None or isinstance(value, str | int) else str(value)
-
-
-def format_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """
-    A table in plain text, the first column aligned to the left and the others to the right.
-
-    Args:
-        header (`Sequence[str]`):
-            Titles of the columns.
-        rows (`Sequence[Sequence[str]]`):
-            Cells, as many in each row as there are titles.
-
-    Returns:
-        `str`: The lines of the table.
-    """
-    widths = [max(len(row[column]) for row in (header, *rows)) for column in range(len(header))]
-
-    def line(cells: Sequence[str]) -> str:
-        first, *others = zip(cells, widths, strict=True)
-        return "  ".join([first[0].ljust(first[1]), *(cell.rjust(width) for cell, width in others)]).rstrip()
-
-    return "\n".join([line(header), line(["-" * width for width in widths]), *map(line, rows)])
 
 
 def results_table(results: dict[str, Any], output_dir: str | os.PathLike) -> str:

@@ -3,7 +3,7 @@
 import copy
 import os
 import time
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,19 +17,33 @@ from transformers import (
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
+    PrinterCallback,
     Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from hf_admm.arguments import ADMMTrainingArguments
+from hf_admm.console import say
 from hf_admm.finetuning.results import DENSE_FOLDER, MODEL_FOLDER, RESULTS_NAME, Run, summarize_runs, write_json
 from hf_admm.finetuning.tasks import TextTask
+from hf_admm.reporting.model_card import CARD_NAME, CardFacts, add_to_card
 from hf_admm.trainer import ADMMTrainer
 
 
 # A dry run needs a trainer, not the data.
 _DRY_RUN_ROWS = 8
+
+
+# Of the arguments, what a quiet run differs in; its record does not speak of it.
+_QUIET = {"log_level": "error", "disable_tqdm": True}
+
+
+class _CommandTrainer(ADMMTrainer):
+    """A command saves the model itself, and says what comes next when all of its runs are over."""
+
+    def next_commands(self) -> list[str]:
+        return []
 
 
 @dataclass
@@ -53,6 +67,8 @@ class FineTuning:
             Longer inputs are truncated to that many tokens.
         model_label (`str`, *optional*):
             What the record calls the model, if not by `model_name_or_path`.
+        quiet (`bool`, *optional*, defaults to `False`):
+            Whether the runs print nothing but warnings and errors.
     """
 
     task: TextTask
@@ -60,6 +76,8 @@ class FineTuning:
     arguments: dict[str, Any]
     max_seq_length: int = 128
     model_label: str | None = None
+    quiet: bool = False
+    _facts: CardFacts | None = field(default=None, init=False, repr=False)  # of the sparse run
 
     def target_table(self) -> str:
         """
@@ -91,17 +109,20 @@ class FineTuning:
         runs = {"sparse" if args.is_sparse else "dense": self._train(args, tokenized, tokenizer)}
         self._record(args, runs)
         if dense_baseline and args.is_sparse:
+            say(f"\nhf_admm: now dense, the same {runs['sparse'].steps} steps\n", args)
             runs["dense"] = self._train(self._dense_arguments(args.output_dir), tokenized, tokenizer)
             self._record(args, runs)
+            self._compare_on_card(args, runs["dense"].metrics)
         return self._results(args, runs)
 
     def _training_arguments(self) -> ADMMTrainingArguments:
-        return ADMMTrainingArguments(**copy.deepcopy(self.arguments))
+        return ADMMTrainingArguments(**copy.deepcopy(self.arguments) | (_QUIET if self.quiet else {}))
 
     def _dense_arguments(self, output_dir: str) -> ADMMTrainingArguments:
         inherited = {item.name for item in fields(TrainingArguments)}
         plain = {name: copy.deepcopy(value) for name, value in self.arguments.items() if name in inherited}
         plain |= {"output_dir": os.path.join(output_dir, DENSE_FOLDER), "resume_from_checkpoint": None}
+        plain |= _QUIET if self.quiet else {}
         return ADMMTrainingArguments(**plain, sparsity_pattern="none")
 
     def _tokenized(self) -> tuple[TextTask, PreTrainedTokenizerBase]:
@@ -145,7 +166,7 @@ class FineTuning:
         # The same seed gives the sparse and the dense model the same new head.
         set_seed(args.seed)
         evaluations = tokenized.evaluations
-        return ADMMTrainer(
+        trainer = _CommandTrainer(
             model=self._model(tokenizer),
             args=args,
             train_dataset=tokenized.train,
@@ -154,6 +175,9 @@ class FineTuning:
             data_collator=DataCollatorWithPadding(tokenizer),
             compute_metrics=tokenized.compute_metrics,
         )
+        if self.quiet:
+            trainer.remove_callback(PrinterCallback)  # takes the place of the progress bar
+        return trainer
 
     def _train(self, args: ADMMTrainingArguments, tokenized: TextTask, tokenizer: PreTrainedTokenizerBase) -> Run:
         start = time.perf_counter()
@@ -164,6 +188,8 @@ class FineTuning:
         trainer.accelerator.wait_for_everyone()
         metrics = evaluate_saved(model_dir, args, tokenized, tokenizer)
         audit = trainer.audit if args.is_sparse else None
+        if audit:
+            self._write_card(trainer, model_dir, metrics)
         return Run(
             metrics=metrics,
             seconds=time.perf_counter() - start,
@@ -171,6 +197,20 @@ class FineTuning:
             sparsity=audit.sparsity if audit else 0.0,
             violations=audit.violations if audit else 0,
         )
+
+    def _write_card(self, trainer: ADMMTrainer, model_dir: str, metrics: dict[str, float]) -> None:
+        """A model card beside the saved model, whose metrics it shows."""
+        trainer.create_model_card(dataset=self.task.name, dataset_tags=[])
+        if trainer.args.should_save:
+            card = os.path.join(model_dir, CARD_NAME)
+            os.replace(os.path.join(trainer.args.output_dir, CARD_NAME), card)
+            self._facts = replace(trainer.card_facts(), sparse=metrics)
+            add_to_card(card, self._facts)
+
+    def _compare_on_card(self, args: ADMMTrainingArguments, metrics: dict[str, float]) -> None:
+        if args.should_save:
+            facts = replace(self._facts, dense=metrics)
+            add_to_card(os.path.join(args.output_dir, MODEL_FOLDER, CARD_NAME), facts)
 
     def _results(self, args: ADMMTrainingArguments, runs: dict[str, Run]) -> dict[str, Any]:
         sizes = {"train": len(self.task.train)} | {name: len(data) for name, data in self.task.evaluations.items()}

@@ -5,8 +5,8 @@ Z can be read off it.
 """
 
 import torch
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.phases import Phase
 from hf_admm.pruning.shards import gather, scatter, shard_count, straddles
 from hf_admm.pruning.updates import dual_step, proximal_step, residuals, squared_distance
@@ -14,13 +14,17 @@ from hf_admm.sparsity.chunks import tensor_work
 from hf_admm.sparsity.projections import zero_outside
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class ADMM(Phase):
     """The W-step is the user's training with a penalty; every few steps Z and U are updated."""
 
     name, number, prunes, companion = "admm", 1, True, "anchor"
+
+    @classmethod
+    def bytes_beside(cls, part, settings):
+        return part.numel() * settings.state_dtype.itemsize
 
     @tensor_work
     def begin(self, step, before):

@@ -14,6 +14,10 @@ class MaskedPhase(Phase):
 
     companion = "mask"
 
+    @classmethod
+    def bytes_beside(cls, part, settings):
+        return -(-part.numel() // 8)
+
     def mask(self, name: str) -> torch.Tensor:
         """M for this process's part of a weight."""
         return unpack_mask(self.companions[name], self.local_part(name).shape)

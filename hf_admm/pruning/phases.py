@@ -141,6 +141,11 @@ class Phase:
         """Raises `RuntimeError` if the processes do not hold the same."""
         self.weights.check_replicas({self.companion: self.companions} if self.companion else {})
 
+    @classmethod
+    def bytes_beside(cls, part: torch.Tensor, settings: PhaseSettings) -> int:
+        """How much memory the phase keeps beside this process's part of a weight, as long as it trains."""
+        return 0
+
     # ---- For those that prune ----
 
     def room(self, part: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

@@ -5,14 +5,14 @@ entry.
 """
 
 import torch
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.masked import MaskedPhase
 from hf_admm.sparsity.chunks import tensor_work
 from hf_admm.sparsity.projections import zero_outside
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Of the norm of the weights, this much may be cut off at the switch: more is a phase 1 that has not converged.
 _SMALL_RESIDUAL = 0.05
@@ -26,6 +26,10 @@ class SRSTE(MaskedPhase):
     def __init__(self, weights, settings=None):
         super().__init__(weights, settings)
         self.rooms: dict[str, torch.Tensor] = {}  # where W lies while the model computes with M * W
+
+    @classmethod
+    def bytes_beside(cls, part, settings):
+        return super().bytes_beside(part, settings) + part.nbytes  # W, while the model computes with M * W
 
     @tensor_work
     def begin(self, step, before):

@@ -5,8 +5,8 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.admm import ADMM
 from hf_admm.pruning.distance import Distance
 from hf_admm.pruning.own_mask import OwnMask
@@ -20,7 +20,7 @@ from hf_admm.sparsity.patterns import OwnPattern, SparsityPattern
 from hf_admm.sparsity.targets import FROZEN, Target, TargetSelection, named_parameters
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # What can be resumed, by the name in the sidecar.
 PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, Distance, SRSTE, OwnMask)}
@@ -34,6 +34,14 @@ def first_phase(settings: PhaseSettings, weights: PrunedWeights) -> type[Phase]:
     if not settings.plan.admm_steps:
         return SRSTE
     return Distance if settings.penalty == "distance" else ADMM
+
+
+def phases_of(settings: PhaseSettings) -> list[type[Phase]]:
+    """The phases of a run of these settings, in their order."""
+    phases = [first_phase(settings)]
+    if settings.plan.admm_steps < settings.plan.max_steps and phases[0] in FOLLOWS:
+        phases.append(FOLLOWS[phases[0]])
+    return phases
 
 
 class ADMMState:
@@ -51,6 +59,7 @@ class ADMMState:
         self.weights = PrunedWeights(nn.Module(), None, {})
         self.phase = Phase(self.weights)
         self.swapped = SwappedParameters()
+        self.selection: TargetSelection | None = None
         self.resumed = False
         self._pulled = False  # in this step
         self._ready = False  # for Trainer to take the step
@@ -76,6 +85,7 @@ class ADMMState:
         frozen_zeros = selection.frozen if isinstance(selection, OwnSelection) else None
         self.weights = PrunedWeights(model, pattern, selection.targets, frozen, frozen_zeros)
         self.phase = Phase(self.weights)
+        self.selection = selection
 
     def clear(self) -> None:
         """Forgets all there was, and leaves the last model with its dense weights."""
@@ -92,6 +102,11 @@ class ADMMState:
     def figures(self) -> dict[str, float | torch.Tensor]:
         """What is logged of the phase. Tensors are read when logged."""
         return self.phase.figures
+
+    def bytes_beside(self, settings: PhaseSettings) -> dict[str, int]:
+        """How much memory each phase keeps beside the weights on this process, by the name of the phase."""
+        parts = [part for _, part in self.weights.local()]
+        return {phase.name: sum(phase.bytes_beside(part, settings) for part in parts) for phase in phases_of(settings)}
 
     @property
     def masked(self) -> bool:

@@ -55,11 +55,19 @@ class TargetSelection:
 
     def summary(self) -> str:
         """One line: how many weights are pruned and their share of all, and how many are not, by reason."""
+        pruned, _ = self._entries()
+        share = f"{pruned:,} entries, {self.share():.1%} of all matrices"
+        return f"{len(self.targets)} weights pruned ({share}); left dense: {self.reasons()}"
+
+    def share(self) -> float:
+        """The entries of the pruned weights as a share of those of all matrices."""
         pruned, total = self._entries()
+        return pruned / max(total, 1)
+
+    def reasons(self) -> str:
+        """How many matrices stay dense for each reason: `"1 head, 3 embedding"`, or `"none"`."""
         reasons = Counter(reason for _, reason in self.left_out.values())
-        dense = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
-        share = f"{pruned:,} entries, {pruned / max(total, 1):.1%} of all matrices"
-        return f"{len(self.targets)} weights pruned ({share}); left dense: {dense}"
+        return ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
 
     def warning(self) -> str | None:
         """What should be said if next to nothing of the model is pruned: what is left out, and what can be done."""

@@ -6,12 +6,12 @@ import torch
 from torch.optim.lr_scheduler import LambdaLR
 from transformers import get_scheduler
 from transformers.trainer_utils import SchedulerType
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.schedules import join_segments
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # Arguments of transformers' schedules that count steps of the run.
 STEP_COUNTS = ("num_stable_steps", "num_decay_steps", "timescale")

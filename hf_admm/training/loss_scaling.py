@@ -19,12 +19,12 @@ import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import Trainer
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.shards import local, reshard
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # The verdicts, in the order in which that of one process overrules that of another.
 UNKNOWN, MEAN, COUNTS, FAILED = range(4)

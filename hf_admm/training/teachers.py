@@ -7,14 +7,14 @@ from contextlib import nullcontext
 import torch
 from torch import nn
 from transformers import PreTrainedModel
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.shards import DTensor
 from hf_admm.training.distillation_arguments import SELF
 from hf_admm.training.loss_scaling import same_randomness
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 def make_teacher(student: nn.Module, args) -> PreTrainedModel:

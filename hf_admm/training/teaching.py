@@ -6,8 +6,8 @@ from contextlib import contextmanager
 import torch
 from torch import nn
 from transformers.trainer_pt_utils import find_batch_size
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.training.distillation import (
     counted_tokens,
     hidden_distance,
@@ -27,7 +27,7 @@ from hf_admm.training.teachers import (
 )
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class DistillationMixin:

@@ -8,14 +8,10 @@ import pytest
 import torch
 from datasets import ClassLabel, Dataset, Features, Value
 from safetensors.torch import load_file
-from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
-    BertConfig,
-    BertForMaskedLM,
     EvalPrediction,
-    PreTrainedTokenizerFast,
 )
 
 from hf_admm import cli
@@ -29,72 +25,7 @@ from hf_admm.finetuning.text_classification import FineTuning
 from hf_admm.finetuning.tweets import load_tweets, packaged_file
 
 
-WORDS = ["good", "bad", "film", "plot", "the", "a", "was", "very", "dull", "fun"]
-
-
-@pytest.fixture(scope="module")
-def model_dir(tmp_path_factory):
-    """A tiny pre-trained BERT with a WordPiece tokenizer."""
-    folder = tmp_path_factory.mktemp("pretrained")
-    vocabulary = {word: i for i, word in enumerate(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *WORDS])}
-    tokenizer = Tokenizer(models.WordPiece(vocabulary, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.post_processor = processors.TemplateProcessing(
-        single="[CLS] $A [SEP]", pair="[CLS] $A [SEP] $B:1 [SEP]:1", special_tokens=[("[CLS]", 2), ("[SEP]", 3)]
-    )
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "cls_token": "[CLS]", "sep_token": "[SEP]"}
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, model_max_length=32, **special).save_pretrained(folder)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=len(vocabulary),
-        hidden_size=16,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        intermediate_size=32,
-        max_position_embeddings=32,
-    )
-    BertForMaskedLM(config).save_pretrained(folder)
-    return str(folder)
-
-
-@pytest.fixture(scope="module")
-def data_dir(tmp_path_factory):
-    """SST-2 and MNLI in the official layout, made up."""
-    folder = tmp_path_factory.mktemp("glue")
-    rng = np.random.default_rng(0)
-
-    def sentence():
-        return " ".join(rng.choice(WORDS, size=rng.integers(2, 9)))
-
-    (folder / "SST-2").mkdir()
-    for name, size in (("train", 24), ("dev", 10)):
-        rows = [f"{text}\t{int('good' in text)}" for text in (sentence() for _ in range(size))]
-        (folder / "SST-2" / f"{name}.tsv").write_text("\n".join(["sentence\tlabel", *rows]))
-    (folder / "MNLI").mkdir()
-    for name, size in (("train", 24), ("dev_matched", 10), ("dev_mismatched", 7)):
-        labels = rng.choice(["entailment", "neutral", "contradiction"], size=size)
-        rows = [f"{sentence()}\t{sentence()}\t{label}" for label in labels]
-        (folder / "MNLI" / f"{name}.tsv").write_text("\n".join(["sentence1\tsentence2\tgold_label", *rows]))
-    return str(folder)
-
-
-@pytest.fixture
-def glue(model_dir, data_dir, tmp_path):
-    """Runs `hf-admm glue` on the tiny model and returns the exit code and the output folder."""
-
-    def run(*flags, task="sst2"):
-        shared = ["--task_name", task, "--model_name_or_path", model_dir, "--data_dir", data_dir, "--use_cpu"]
-        sizes = ["--per_device_train_batch_size", "8", "--num_train_epochs", "2", "--admm_update_steps", "2"]
-        return cli.main(["glue", *shared, *sizes, "--output_dir", str(tmp_path / "out"), *flags]), tmp_path / "out"
-
-    return run
-
-
-def read_results(folder):
-    return json.loads((folder / "results.json").read_text())
-
-
-def test_glue_writes_results_and_model(glue, capsys):
+def test_glue_writes_results_and_model(glue, capsys, read_results):
     code, folder = glue("--dense_baseline", "--seed", "7")
     assert code == 0
     results = read_results(folder)
@@ -112,7 +43,7 @@ def test_glue_writes_results_and_model(glue, capsys):
     assert "sparse 2:4" in table and f"{results['sparse']['accuracy']:.4f}" in table and "50.00%" in table
 
 
-def test_metrics_are_those_of_plain_from_pretrained(glue, data_dir):
+def test_metrics_are_those_of_plain_from_pretrained(glue, data_dir, read_results):
     code, folder = glue("--per_device_eval_batch_size", "10")
     assert code == 0
     model = AutoModelForSequenceClassification.from_pretrained(folder / "model").eval()
@@ -130,7 +61,7 @@ def test_metrics_are_those_of_plain_from_pretrained(glue, data_dir):
     assert model.config.id2label == {0: "negative", 1: "positive"}
 
 
-def test_dense_baseline_is_the_run_that_pattern_none_gives(glue):
+def test_dense_baseline_is_the_run_that_pattern_none_gives(glue, read_results):
     _, folder = glue("--dense_baseline")
     beside = load_file(folder / "dense" / "model" / "model.safetensors")
     baseline = read_results(folder)["dense"]
@@ -153,7 +84,7 @@ def test_sparse_and_dense_start_from_the_same_head(model_dir, tmp_path):
     assert torch.equal(*heads)
 
 
-def test_mnli_evaluates_both_sets(glue):
+def test_mnli_evaluates_both_sets(glue, read_results):
     code, folder = glue("--max_train_samples", "8", "--max_eval_samples", "5", task="mnli")
     assert code == 0
     results = read_results(folder)
@@ -162,7 +93,7 @@ def test_mnli_evaluates_both_sets(glue):
     assert results["metric"] == "matched_accuracy"
 
 
-def test_evaluation_during_training_and_the_best_checkpoint(glue):
+def test_evaluation_during_training_and_the_best_checkpoint(glue, read_results):
     flags = ["--eval_strategy", "epoch", "--save_strategy", "epoch", "--load_best_model_at_end"]
     code, folder = glue(*flags, "--metric_for_best_model", "accuracy")
     assert code == 0
@@ -198,7 +129,7 @@ def test_unknown_model(glue, capsys, tmp_path):
     assert "Cannot load the tokenizer of" in error and "--model_name_or_path" in error
 
 
-def test_record_holds_what_somebody_set_but_no_secret(glue):
+def test_record_holds_what_somebody_set_but_no_secret(glue, read_results):
     _, folder = glue("--max_steps", "2", "--admm_steps", "1", "--hub_token", "hidden-secret")
     assert "hidden-secret" not in (folder / "results.json").read_text()
     arguments = read_results(folder)["arguments"]
@@ -271,7 +202,7 @@ def test_missing_package_says_what_to_install():
         packaged_file("json", Path("model"))
 
 
-def test_quickstart_trains_dense_and_sparse(model_dir, tmp_path, monkeypatch, capsys):
+def test_quickstart_trains_dense_and_sparse(model_dir, tmp_path, monkeypatch, capsys, read_results):
     monkeypatch.setattr(quickstart, "packaged_file", lambda *names: model_dir)
     monkeypatch.chdir(tmp_path)
     flags = ["--max_train_samples", "64", "--max_eval_samples", "20", "--max_steps", "4", "--bf16", "false"]
