@@ -3,7 +3,7 @@
 import os
 
 from hf_admm.pruning.phases import PhaseSettings
-from hf_admm.sparsity.patterns import BlockPattern, DensityPattern, NMPattern, SparsityPattern
+from hf_admm.sparsity.patterns import BlockPattern, DensityPattern, NMPattern, OwnPattern, SparsityPattern
 
 
 def pattern_words(pattern: SparsityPattern) -> str:
@@ -14,6 +14,8 @@ def pattern_words(pattern: SparsityPattern) -> str:
         return f"{pattern.kept} of every block of {pattern.rows} outputs by {pattern.columns} inputs are kept"
     if isinstance(pattern, DensityPattern):
         return f"{pattern.density:.0%} of each weight are kept, anywhere"
+    if isinstance(pattern, OwnPattern):
+        return "the zeros that the model came with stay"
     return f"{pattern.density:.0%} of each weight are kept"
 
 
@@ -43,7 +45,8 @@ def _first_phase(settings: PhaseSettings) -> str:
     if not settings.rho:
         return "no penalty (rho 0)"
     if settings.penalty == "distance":
-        return f"penalty distance, rho {settings.rho:g}, mask updated every {_steps(settings.update_steps)}"
+        pulls = f"penalty distance from step {round(settings.plan.pull_start * settings.plan.admm_steps)}"
+        return f"{pulls}, rho {settings.rho:g}, mask updated every {_steps(settings.update_steps)}"
     growing = "" if settings.rho_schedule == "constant" else f" ({settings.rho_schedule})"
     updates = f"Z and U updated every {_steps(settings.update_steps)}"
     return f"ADMM, penalty {settings.penalty}, rho {settings.rho:g}{growing}, {updates}"

@@ -176,7 +176,7 @@ def test_weights_that_were_left_dense_are_in_the_last_table():
 def test_settings_in_words_and_flags(tiny_bert, token_data, tmp_path):
     args = prepare(tiny_bert(), token_data(), tmp_path, admm_rho=None, sparsity_exclude=["query"]).args
     assert dict(phase_words(args, STEPS)) == {
-        "phase 1": "6 steps: penalty distance, rho 16, mask updated every 2 steps",
+        "phase 1": "6 steps: penalty distance from step 4, rho 16, mask updated every 2 steps",
         "phase 2": "6 steps: SR-STE, mask frozen in the last 1, decay as in phase 1, learning rate x 2",
     }
     flags = set_flags(args, STEPS)
