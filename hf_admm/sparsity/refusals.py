@@ -60,10 +60,10 @@ def refuse_adapter_config(trainer: str, config: object) -> None:
     """A `peft_config`, by which a trainer freezes the weights that it is to prune."""
     if config is not None:
         raise ValueError(
-            f"{trainer} got a peft_config ({type(config).__name__}): it freezes the weights that are to be pruned, and "
-            "checkpoints would hold the adapter alone. Leave peft_config away, so that all weights are trained; or "
-            "set sparsity_pattern='none' and train the adapter on a model that is sparse already. Its zeros are lost "
-            "where such an adapter is merged."
+            f"{trainer} got a peft_config ({type(config).__name__}): it freezes the weights that are to be pruned, "
+            "and checkpoints would hold the adapter alone. Leave peft_config away, so that all weights are trained; "
+            "or set sparsity_pattern='none' and train the adapter on a model that is sparse already. Its zeros are "
+            "lost where such an adapter is merged."
         )
 
 

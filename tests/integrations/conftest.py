@@ -13,6 +13,8 @@ from transformers import (
 )
 
 
+pytest.register_assert_rewrite("integration_runs")
+
 WORDS = ["<pad>", "<eos>", "<unk>", *(chr(ord("a") + i) for i in range(26))]
 
 

@@ -44,11 +44,15 @@ def make(tokenizer, token_data):
 
 
 def test_generated_metrics_checkpoints_and_resume(make, t5, tmp_path):
-    trainer = check(make, tmp_path, t5, metrics=("eval_loss", "eval_generated"), card=False)
+    trainer = check(make, tmp_path, t5, metrics=("eval_loss", "eval_generated"))
     assert len(set(logged(trainer, "eval_generated").values())) > 1
-    trainer.create_model_card()
-    assert "obeys the pattern `2:4`" in (tmp_path / "straight" / "README.md").read_text()
 
 
 def test_the_best_model_by_a_metric_of_generated_text(make, t5, tmp_path):
     check_best(make, tmp_path, t5)
+
+
+def test_arguments_are_made_where_none_are_given(t5, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    trainer = ADMMSeq2SeqTrainer(T5ForConditionalGeneration.from_pretrained(t5))
+    assert type(trainer.args) is ADMMSeq2SeqTrainingArguments and trainer.args.is_sparse

@@ -32,10 +32,12 @@ FLAGS = {
 
 
 def texts(*columns, rows=16):
-    """Letters that no two rows and columns have alike, of several lengths."""
+    """Letters that no two rows and columns have alike, of several lengths; a column may be appended to another."""
     return Dataset.from_dict(
         {
-            column: [" ".join(chr(97 + (7 * i + 5 * j + k) % 26) for k in range(2 + (i + j) % 5)) for i in range(rows)]
+            column: [
+                "".join(f"{chr(97 + (7 * i + 5 * j + k) % 26)} " for k in range(2 + (i + j) % 5)) for i in range(rows)
+            ]
             for j, column in enumerate(columns)
         }
     )
@@ -57,7 +59,9 @@ class Watch(TrainerCallback):
     def __init__(self, trainer):
         self.trainer, self.evaluated, self.computed = trainer, {}, {}
         trainer.add_callback(self)
-        trainer.model.register_forward_pre_hook(lambda *_: self.note(self.computed) if trainer.model.training else None)
+        trainer.model.register_forward_pre_hook(
+            lambda *_: self.note(self.computed) if trainer.model.training else None
+        )
 
     def note(self, seen):
         seen.setdefault(self.trainer.state.global_step, []).append(obeys(self.trainer))
@@ -82,7 +86,7 @@ def logged(trainer, metric="eval_loss"):
     return {log["step"]: log[metric] for log in trainer.state.log_history if metric in log}
 
 
-def check(make, folder, model, metrics=("eval_loss",), same_bits=True, card=True):
+def check(make, folder, model, metrics=("eval_loss",), same_bits=True):
     """
     Trains, and checks patterns, evaluations, checkpoints, resume and model card. `make(folder, model, **flags)` makes
     a trainer; `model` is the folder to start from.
@@ -102,9 +106,9 @@ def check(make, folder, model, metrics=("eval_loss",), same_bits=True, card=True
             figures = make(folder / "loaded", str(checkpoint), sparsity_pattern="none").evaluate()
             for metric in metrics:
                 assert figures[metric] == pytest.approx(logged(trainer, metric)[step], rel=1e-6)
-    if card:
-        card = (folder / "straight" / "README.md").read_text()
-        assert "hf-admm" in card and card.count("obeys the pattern `2:4`") == 1
+    trainer.create_model_card()
+    card = (folder / "straight" / "README.md").read_text()
+    assert "- hf-admm" in card and "2:4" in card and card.count("## Sparsity") == 1
     for step in (PHASE_1[0], PHASE_2[0]) if same_bits else ():
         resumed = make(folder / f"from-{step}", model)
         resumed.train(resume_from_checkpoint=str(folder / "straight" / f"checkpoint-{step}"))
