@@ -18,6 +18,7 @@ from hf_admm.mask_audit import audit_masks
 from hf_admm.pruning.shards import DTensor, local
 from hf_admm.pruning.state import ADMMState
 from hf_admm.reporting.run_reports import RunReportsMixin
+from hf_admm.sparsity.refusals import refuse_adapter_config
 from hf_admm.sparsity.targets import TargetSelection, select_targets
 from hf_admm.training.argument_classes import arguments_class, wrong_arguments
 from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
@@ -70,9 +71,12 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         self.sparsity = ADMMState()
         self.audit: AuditReport | None = None
         self._announced = ""
-        if isinstance(model, nn.Module) and getattr(args, "is_sparse", False):  # some trainers take a model's name
+        if getattr(args, "is_sparse", False):
             # Before Trainer touches the model, so that bad input is refused with the model as it was.
-            select_targets(model, args.pattern, args.include, args.exclude)
+            if not args.is_own:  # whose base stays as it is
+                refuse_adapter_config(type(self).__name__, given.get("peft_config"))
+            if isinstance(model, nn.Module):  # some trainers take a model's name
+                select_targets(model, args.pattern, args.include, args.exclude)
         try:
             super().__init__(*given.args, **given.kwargs)
         except (TypeError, AttributeError) as error:

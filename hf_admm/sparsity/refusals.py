@@ -31,19 +31,41 @@ def refuse_quantized(model: nn.Module) -> None:
 
 
 def refuse_frozen_base(model: nn.Module, known: Mapping[str, Matrix]) -> None:
-    """Adapters, in the model or in one of its parts, over weights that are frozen."""
-    adapted = any(_has_adapters(module) for module in model.modules())
+    """Adapters, in the model or in one of its parts, over weights that are frozen or trained with them."""
+    if not any(_has_adapters(module) for module in model.modules()):
+        return
     frozen = [m.module for m in known.values() if m.linear and not m.fault and not m.parameter.requires_grad]
-    if adapted and frozen:
+    kind = type(model).__name__
+    if frozen:
+        fault = (
+            f"The base weights of a PEFT/LoRA model are frozen ({len(frozen)} layers of this {kind}, such as "
+            f"{frozen[0]}), and merging adapters later would destroy the zeros."
+        )
+    elif any("base_layer" in module._modules for module in model.modules()):  # not merged yet
+        fault = (
+            f"The base weights of this PEFT/LoRA model ({kind}) are trained, but its checkpoints hold the adapters "
+            "alone, and merging them later would destroy the zeros."
+        )
+    else:
+        return
+    raise ValueError(
+        f"{fault} Merge the adapters first: `model = model.merge_and_unload()`, then `model.requires_grad_(True)`, "
+        "since merged weights stay frozen; and fine-tune the merged model. If the adapters were loaded into the model "
+        "itself (`add_adapter`, `load_adapter`, Sentence Transformers), save them and load them with "
+        "`peft.PeftModel.from_pretrained(base, folder)`, which can be merged. If the base is sparse already, "
+        "train its adapters with sparsity_pattern='own' and merge them with hf_admm.merge_sparse_adapter, which keeps "
+        "its zeros."
+    )
+
+
+def refuse_adapter_config(trainer: str, config: object) -> None:
+    """A `peft_config`, by which a trainer freezes the weights that it is to prune."""
+    if config is not None:
         raise ValueError(
-            f"The base weights of a PEFT/LoRA model are frozen ({len(frozen)} layers of this {type(model).__name__}, "
-            f"such as {frozen[0]}), and merging adapters later would destroy the zeros. Merge the adapters first: "
-            "`model = model.merge_and_unload()`, then `model.requires_grad_(True)`, since merged weights stay frozen; "
-            "and fine-tune the merged model. If the adapters were loaded into the model itself (`add_adapter`, "
-            "`load_adapter`, Sentence Transformers), save them and load them with "
-            "`peft.PeftModel.from_pretrained(base, folder)`, which can be merged. If the base is sparse already, "
-            "train its adapters with sparsity_pattern='own' and merge them with hf_admm.merge_sparse_adapter, which "
-            "keeps its zeros."
+            f"{trainer} got a peft_config ({type(config).__name__}): it freezes the weights that are to be pruned, "
+            "and checkpoints would hold the adapter alone. Leave peft_config away, so that all weights are trained. "
+            "If the model is sparse already, train the adapter with sparsity_pattern='own' and merge it with "
+            "hf_admm.merge_sparse_adapter, which keeps the zeros."
         )
 
 

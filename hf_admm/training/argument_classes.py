@@ -86,14 +86,24 @@ def arguments_class(trainer_class: type, after: type) -> tuple[type, bool]:
         trainer_class (`type`):
             The class of the trainer.
         after (`type`):
-            Only its bases behind this one count.
+            Its bases behind this one say what it takes; those before it may have a `training_args_class` that extends
+            that, as the ready trainers do.
 
     Returns:
         `tuple[type, bool]`: The class, `TrainingArguments` if nothing says another; and whether the trainer declares
         that it takes no other, which a similar name does not.
     """
     mro = trainer_class.__mro__
-    for cls in mro[mro.index(after) + 1 :]:
+    wanted, only = _taken(mro[mro.index(after) + 1 :])
+    for cls in mro[: mro.index(after)]:
+        ready = vars(cls).get("training_args_class")
+        if _is_special(ready) and issubclass(ready, wanted):
+            return ready, only
+    return wanted, only
+
+
+def _taken(bases: tuple[type, ...]) -> tuple[type, bool]:
+    for cls in bases:
         if cls is Trainer:
             break
         declared = vars(cls).get("training_args_class")  # Sentence Transformers
@@ -137,7 +147,9 @@ def wrong_arguments(trainer_class: type, args, wanted: type, mixin: type) -> str
         fault = "which have no sparsity flags"
         wanted = given if issubclass(given, wanted) else wanted
     advice = "Pass hf_admm.ADMMTrainingArguments"
-    if wanted is not TrainingArguments:
+    if issubclass(wanted, mixin):
+        advice = f"Pass {wanted.__module__}.{wanted.__name__}"
+    elif wanted is not TrainingArguments:
         advice = (
             f"Define a class that has both and pass one of these:\n\n    @dataclass\n"
             f"    class ADMM{wanted.__name__}({mixin.__name__}, {wanted.__name__}): ..."

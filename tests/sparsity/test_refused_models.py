@@ -141,11 +141,17 @@ def test_adapters_loaded_by_transformers_itself_are_refused(tiny_bert):
         select_targets(model, PATTERN)
 
 
-def test_adapters_over_a_trained_base_stay_dense(tiny_bert):
-    model = PeftModel(tiny_bert(num_hidden_layers=1), ["query"], trained=())
-    model.requires_grad_(True)
+def test_adapters_over_a_trained_base_are_refused(tiny_bert):
+    # Their checkpoints hold the adapter alone: the sparse weights would be lost.
+    model = PeftModel(tiny_bert(), ["query"], trained=()).requires_grad_(True)
+    with pytest.raises(ValueError, match=r"\(PeftModel\) are trained, but its checkpoints hold the adapters alone"):
+        select_targets(model, PATTERN)
+
+
+def test_adapters_of_ones_own_stay_dense(tiny_bert):
+    model = PeftModel(tiny_bert(num_hidden_layers=1), ["query"], trained=()).base_model.model.requires_grad_(True)
     selection = select_targets(model, PATTERN)
-    query = "base_model.model.bert.encoder.layer.0.attention.self.query"
+    query = "bert.encoder.layer.0.attention.self.query"
     assert f"{query}.base_layer.weight" in selection.targets
     adapters = {name for name, (_, reason) in selection.left_out.items() if reason == "adapter"}
     assert adapters == {f"{query}.lora_{side}.default.weight" for side in "AB"}
