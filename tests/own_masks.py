@@ -27,4 +27,4 @@ def _matrices(model):
 
 
 # The flags of the phases, which `tiny_runs` sets, as they are by default.
-OWN = {"sparsity_pattern": "own", "admm_steps": 0.6, "admm_update_steps": None, "admm_rho": None}
+OWN = {"sparsity_pattern": "own", "admm_steps": 0, "admm_update_steps": None, "admm_rho": None}
