@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from hf_admm.audit import AuditReport, audit_checkpoint
 from hf_admm.checkpoints.files import SparsityRecord, sync
-from hf_admm.checkpoints.onnx_files import ONNX_SUFFIX, RECORD_KEY, OnnxModel, import_onnx
+from hf_admm.checkpoints.onnx_files import ONNX_SUFFIX, RECORD_KEY, OnnxModel, import_onnx, with_subgraphs
 from hf_admm.checkpoints.records import record_text
 
 
@@ -225,12 +225,11 @@ def _name_weights(onnx, model: PreTrainedModel, draft: Path, record: SparsityRec
     if lost := [name for name in (record.targets if record else ()) if name not in targets]:
         raise ValueError(f"These sparse weights are not in the export as they are in the model: {', '.join(lost)}.")
     proto = onnx.load(draft, load_external_data=False)
-    for tensor in proto.graph.initializer:
-        tensor.name = names.get(tensor.name, tensor.name)
-    for node in proto.graph.node:
-        node.input[:] = [names.get(name, name) for name in node.input]
-    for value in proto.graph.value_info:
-        value.name = names.get(value.name, value.name)
+    for graph in with_subgraphs(proto.graph):
+        for entry in [*graph.initializer, *graph.value_info]:
+            entry.name = names.get(entry.name, entry.name)
+        for node in graph.node:
+            node.input[:] = [names.get(name, name) for name in node.input]
     if record:
         sparse = {name: targets[name] for name in record.targets}
         onnx.helper.set_model_props(proto, {RECORD_KEY: record_text(record.pattern, sparse, record.kept)})
@@ -242,7 +241,10 @@ def _name_weights(onnx, model: PreTrainedModel, draft: Path, record: SparsityRec
 def _compare(model: PreTrainedModel, draft: Path) -> dict[tuple[int, int], float]:
     import onnxruntime
 
-    session = onnxruntime.InferenceSession(str(draft), providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(str(draft), providers=["CPUExecutionProvider"])
+    except Exception as error:  # its own classes, which are no public names
+        raise ValueError(f"ONNX Runtime can't load the export, which was not written ({error}).") from error
     differences = {}
     for batch, tokens in CHECKED_SHAPES:
         inputs = _inputs(model, batch, tokens)

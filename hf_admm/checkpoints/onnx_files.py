@@ -143,7 +143,7 @@ class OnnxModel:
     def _index(self, graph) -> None:
         onnx = import_onnx("")
         self._constants, self._consumers, sparse, packed = {}, {}, [], []
-        for part in _with_subgraphs(graph):
+        for part in with_subgraphs(graph):
             self._constants |= {tensor.name: tensor for tensor in part.initializer}
             sparse += [tensor.values.name for tensor in part.sparse_initializer]
             for node in part.node:
@@ -226,13 +226,22 @@ def import_onnx(purpose: str):
     return onnx
 
 
-def _with_subgraphs(graph) -> Iterator[Any]:
-    """A graph and those within its nodes (branches and loops), where names are never used twice."""
+def with_subgraphs(graph) -> Iterator[Any]:
+    """
+    A graph and those within its nodes (branches and loops), where no name is used twice.
+
+    Args:
+        graph (`GraphProto`):
+            The graph.
+
+    Yields:
+        `GraphProto`: It, then each within it.
+    """
     yield graph
     for node in graph.node:
         for attribute in node.attribute:
             for inner in [*attribute.graphs, *([attribute.g] if attribute.HasField("g") else [])]:
-                yield from _with_subgraphs(inner)
+                yield from with_subgraphs(inner)
 
 
 def _input(node, place: int | None) -> str:
