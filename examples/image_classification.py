@@ -8,6 +8,7 @@ Each folder holds one folder for each class, named after it, with its pictures.
 """
 
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -50,6 +51,8 @@ def main(argv: list[str] | None = None) -> dict[str, float]:
     script, args = parser.parse_args_into_dataclasses(argv)
     set_seed(args.seed)
 
+    if empty := [folder for folder in (script.train_dir, script.validation_dir) if not any(Path(folder).glob("*/*"))]:
+        raise ValueError(f"No pictures in {', '.join(empty)}: each class has a folder there, with its pictures in it.")
     files = {"train": f"{script.train_dir}/**", "validation": f"{script.validation_dir}/**"}
     data = load_dataset("imagefolder", data_files=files, drop_labels=False)
     names = data["train"].features["label"].names

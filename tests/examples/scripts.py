@@ -8,7 +8,7 @@ from pathlib import Path
 EXAMPLES = Path(__file__).parent.parent.parent / "examples"
 SPECIAL = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 WORDS = "good bad film plot the a was very dull fun where who ann bob rome oslo".split()
-VOCABULARY = [*SPECIAL, *WORDS]
+VOCABULARY = [*SPECIAL, *WORDS, "##s"]
 BERT = {
     "vocab_size": len(VOCABULARY),
     "hidden_size": 16,

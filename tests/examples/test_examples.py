@@ -65,6 +65,35 @@ def test_token_classification(save, write, run):
         assert metrics[f"eval_{name}"] == 1.0
 
 
+class Caught(Exception):
+    """Raised in place of training, with the dataset."""
+
+
+@pytest.fixture
+def dataset_of(run, monkeypatch):
+    """What a script makes of its training file."""
+
+    def caught(name, **flags):
+        def trainer(train_dataset, **kwargs):
+            raise Caught(train_dataset)
+
+        monkeypatch.setattr(load(name), "ADMMTrainer", trainer)
+        with pytest.raises(Caught) as stopped:
+            run(name, 0, **flags)
+        return stopped.value.args[0]
+
+    return caught
+
+
+def test_a_word_of_several_pieces_has_one_label(save, write, dataset_of):
+    pytest.importorskip("seqeval")
+    rows = [{"tokens": ["good", "films", "was"], "tags": ["O", "B-LOC", "B-PER"]}]
+    data = dataset_of(
+        "token_classification", model_name_or_path=save(BertModel, BertConfig(**BERT)), **files(write, rows)
+    )
+    assert data["labels"] == [[-100, 2, 0, -100, 1, -100]]  # [CLS] good film ##s was [SEP]
+
+
 def test_question_answering(save, write, run):
     rows = [
         {"question": "where", "context": f"the film was very good ann was {place}",
@@ -79,7 +108,7 @@ def test_question_answering(save, write, run):
 
 def test_question_answering_where_some_have_no_answer(save, write, run):
     none, rome = {"text": [], "answer_start": []}, {"text": ["rome"], "answer_start": [0]}
-    rows = [{"question": "who", "context": "the film was fun", "answers": none},
+    rows = [{"question": "who", "context": "film was fun", "answers": none},
             {"question": "where", "context": "rome was fun", "answers": rome}]  # fmt: skip
     metrics = run("question_answering", 6, model_name_or_path=save(BertModel, BertConfig(**BERT)), max_steps=60,
                   admm_steps=30, learning_rate=1e-2, **files(write, rows * 4))  # fmt: skip
@@ -183,6 +212,17 @@ def test_a_label_that_training_never_sees_is_named(save, write, run):
         run("text_classification", 6, model_name_or_path=save(BertModel, BertConfig(**BERT)), **flags)
 
 
+def test_every_text_ends_before_the_next_begins(save, write, dataset_of):
+    config = GPT2Config(vocab_size=len(VOCABULARY), n_embd=16, n_layer=1, n_head=2, n_positions=64)
+    rows = ["film was good", "bad plot", "fun"]
+    data = dataset_of(
+        "causal_lm", model_name_or_path=save(GPT2LMHeadModel, config), block_size=3, **files(write, rows, "txt")
+    )
+    end, ids = VOCABULARY.index("[SEP]"), VOCABULARY.index
+    assert data["input_ids"][:2] == [[ids("film"), ids("was"), ids("good")], [end, ids("bad"), ids("plot")]]
+    assert data["labels"] == data["input_ids"] and len(data) == 3
+
+
 def test_texts_too_short_for_a_block(save, write, run):
     config = GPT2Config(vocab_size=len(VOCABULARY), n_embd=16, n_layer=1, n_head=2, n_positions=64)
     with pytest.raises(ValueError, match=r"Less than one block of 50 tokens in \['.*dev.txt'\]: lower --block_size"):
@@ -228,7 +268,5 @@ def test_the_command_of_the_documentation_is_understood(name, arguments, tmp_pat
     monkeypatch.chdir(tmp_path)
     argv = shlex.split(arguments.replace("\\\n", " "))
     # The flags are parsed, and then neither the data nor the model is there.
-    with pytest.raises(
-        (OSError, ValueError), match=r"train|Couldn't|not a local folder|offline|Unable|cached|connect"
-    ):
+    with pytest.raises((OSError, ValueError), match=r"Unable to find|No pictures in|local|offline|connect"):
         load(name).main([*argv, "--use_cpu", *(["--bf16", "false"] if name == "sft" else [])])
