@@ -13,23 +13,15 @@ from dataclasses import dataclass
 from datasets import Dataset, load_dataset
 from sentence_transformers import (
     SentenceTransformer,
-    SentenceTransformerTrainer,
-    SentenceTransformerTrainingArguments,
 )
 from sentence_transformers.sentence_transformer.evaluation import InformationRetrievalEvaluator
 from sentence_transformers.sentence_transformer.losses import MultipleNegativesRankingLoss
 from transformers import HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
 
-from hf_admm import ADMMArgumentsMixin, ADMMTrainerMixin, audit_checkpoint
+from hf_admm import audit_checkpoint
 from hf_admm.configs import apply_config
-
-
-class ADMMSentenceTransformerTrainer(ADMMTrainerMixin, SentenceTransformerTrainer): ...
-
-
-@dataclass
-class ADMMSentenceTransformerTrainingArguments(ADMMArgumentsMixin, SentenceTransformerTrainingArguments): ...
+from hf_admm.integrations import ADMMSentenceTransformerTrainer, ADMMSentenceTransformerTrainingArguments
 
 
 @dataclass

@@ -18,17 +18,10 @@ import torch
 from datasets import Dataset, load_dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, HfArgumentParser, set_seed
 from transformers.hf_argparser import HfArg
-from trl import SFTConfig, SFTTrainer
 
-from hf_admm import ADMMArgumentsMixin, ADMMTrainerMixin, audit_checkpoint
+from hf_admm import audit_checkpoint
 from hf_admm.configs import apply_config
-
-
-class ADMMSFTTrainer(ADMMTrainerMixin, SFTTrainer): ...
-
-
-@dataclass
-class ADMMSFTConfig(ADMMArgumentsMixin, SFTConfig): ...
+from hf_admm.integrations import ADMMSFTConfig, ADMMSFTTrainer
 
 
 FORMS = ({"messages"}, {"prompt", "completion"}, {"text"})

@@ -19,21 +19,13 @@ from transformers import (
     DataCollatorForSeq2Seq,
     EvalPrediction,
     HfArgumentParser,
-    Seq2SeqTrainer,
-    Seq2SeqTrainingArguments,
     set_seed,
 )
 from transformers.hf_argparser import HfArg
 
-from hf_admm import ADMMArgumentsMixin, ADMMTrainerMixin, audit_checkpoint
+from hf_admm import audit_checkpoint
 from hf_admm.configs import apply_config
-
-
-class ADMMSeq2SeqTrainer(ADMMTrainerMixin, Seq2SeqTrainer): ...
-
-
-@dataclass
-class ADMMSeq2SeqTrainingArguments(ADMMArgumentsMixin, Seq2SeqTrainingArguments): ...
+from hf_admm.integrations import ADMMSeq2SeqTrainer, ADMMSeq2SeqTrainingArguments
 
 
 @dataclass

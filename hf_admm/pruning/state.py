@@ -36,9 +36,9 @@ def first_phase(settings: PhaseSettings, weights: PrunedWeights) -> type[Phase]:
     return Distance if settings.penalty == "distance" else ADMM
 
 
-def phases_of(settings: PhaseSettings) -> list[type[Phase]]:
-    """The phases of a run of these settings, in their order."""
-    phases = [first_phase(settings)]
+def phases_of(settings: PhaseSettings, weights: PrunedWeights) -> list[type[Phase]]:
+    """The phases of a run of these settings and weights, in their order."""
+    phases = [first_phase(settings, weights)]
     if settings.plan.admm_steps < settings.plan.max_steps and phases[0] in FOLLOWS:
         phases.append(FOLLOWS[phases[0]])
     return phases
@@ -106,7 +106,10 @@ class ADMMState:
     def bytes_beside(self, settings: PhaseSettings) -> dict[str, int]:
         """How much memory each phase keeps beside the weights on this process, by the name of the phase."""
         parts = [part for _, part in self.weights.local()]
-        return {phase.name: sum(phase.bytes_beside(part, settings) for part in parts) for phase in phases_of(settings)}
+        return {
+            phase.name: sum(phase.bytes_beside(part, settings) for part in parts)
+            for phase in phases_of(settings, self.weights)
+        }
 
     @property
     def masked(self) -> bool:
