@@ -71,7 +71,10 @@ def save_records(model: nn.Module, weights: PrunedWeights, before: Mapping[Path,
                 (place / RECORD_NAME).unlink(missing_ok=True)  # of another model that was saved here
         if not found and not any((folder / ADAPTER_NAME).is_file() for folder in before):
             why = "none of the sparse weights is found in what was saved" if places else f"no {WEIGHTS_NAME} was saved"
-            logger.warning(f"{folders} has no sparsity record for hf-admm verify: {why}.")
+            logger.warning(
+                f"{folders} has no sparsity record for hf-admm verify: {why}. Name what it should find sparse there "
+                "with --expect, or save with trainer.save_model."
+            )
     except Exception as error:
         logger.warning(
             f"The sparsity record of {folders} could not be written ({type(error).__name__}: {error}). The model "

@@ -88,12 +88,18 @@ class TeacherCheckpointsMixin(DistillationMixin):
         teacher = self.args.distill_teacher
         if teacher is None:
             if record is not None:
-                logger.warning(f"{checkpoint} had {record['teacher']!r} as its teacher, and goes on without one.")
+                logger.warning(
+                    f"{checkpoint} had {record['teacher']!r} as its teacher, and goes on without one. To "
+                    "go on with it, set distill_teacher to it again."
+                )
             return
         if teacher == SELF:
             self._load_self(checkpoint)
         if record is None:
-            logger.warning(f"{checkpoint} was trained without a teacher; from here on there is {teacher!r}.")
+            logger.warning(
+                f"{checkpoint} was trained without a teacher; from here on there is {teacher!r}. To go on as before, "
+                "leave distill_teacher away."
+            )
         elif record["crc32"] != self._checksum():
             raise ValueError(
                 f"distill_teacher={teacher!r} has other weights than the teacher of {checkpoint}, "

@@ -247,5 +247,8 @@ def _read_file(spec: GlueTask, path: Path) -> datasets.Dataset:
         )
     if skipped:
         shown = ", ".join(map(str, skipped[:_SHOWN_LINES])) + (", ..." if len(skipped) > _SHOWN_LINES else "")
-        logger.warning(f"{path}: skipped {len(skipped)} malformed rows of {len(lines) - first + 1} (lines {shown}).")
+        logger.warning(
+            f"{path}: skipped {len(skipped)} malformed rows of {len(lines) - first + 1} (lines {shown}). They lack "
+            "columns or a label of the task; mend them, or copy the file anew."
+        )
     return datasets.Dataset.from_dict(columns, features=_features(spec))

@@ -53,7 +53,7 @@ class ADMM(Phase):
         if now < self.rho:
             logger.warning(
                 f"rho is {self.rho:g} in the checkpoint and would be {now:g} now. It can't fall within phase 1, where "
-                f"U is scaled by it: it stays at {self.rho:g}."
+                f"U is scaled by it: it stays at {self.rho:g}. For a lower one start a new run."
             )
 
     def is_over(self, step, settings):

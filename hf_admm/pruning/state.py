@@ -282,7 +282,10 @@ class ADMMState:
             return
         self.weights.reshard()
         for name in self.weights.unfrozen():
-            logger.warning(f"{name} was frozen when training began and is trained by now. It stays dense.")
+            logger.warning(
+                f"{name} was frozen when training began and is trained by now. It stays dense. To prune it, "
+                "unfreeze it before training begins (a learning rate of 0 holds it for a while)."
+            )
         for name, reason in self.weights.changes(frozen=leaves_phase and self.phase.number == 1).items():
             if reason is None:
                 self.weights.adopt(name)

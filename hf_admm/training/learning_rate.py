@@ -54,7 +54,7 @@ def phase_scheduler(args, optimizer: torch.optim.Optimizer, num_training_steps: 
         kind = SchedulerType(args.lr_scheduler_type).value
         logger.warning(
             f"lr_scheduler_type={kind} has no fixed length, so it runs through both phases, at one peak, instead of "
-            "starting again at the switch."
+            "starting again at the switch. For a schedule in each phase choose one with an end: linear or cosine, say."
         )
         return None
     groups = zip(*(part.lr_lambdas for part in parts), strict=True)
@@ -78,7 +78,7 @@ def warn_of_unused_flags(args) -> None:
     if changed:
         logger.warning(
             f"The learning-rate scheduler that was passed runs through both phases as it is: {', '.join(changed)} "
-            "does not apply."
+            "does not apply. For a schedule in each phase pass no scheduler, and set lr_scheduler_type."
         )
 
 

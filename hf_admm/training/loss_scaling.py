@@ -97,7 +97,8 @@ class LossScalingMixin:
                 raise  # for `auto_find_batch_size`
             logger.warning(
                 f"Whether {type(self.model).__name__} divides its loss by num_items_in_batch could not be measured "
-                f"({type(error).__name__}: {error}). It is taken to, as Trainer does."
+                f"({type(error).__name__}: {error}). It is taken to, as Trainer does. If it "
+                "is a plain mean, its gradients are too large by gradient_accumulation_steps: mend that error first."
             )
             return FAILED
         if not (math.isfinite(one) and math.isfinite(other)) or one == other == 0:

@@ -60,7 +60,10 @@ def _load(student: nn.Module, args) -> PreTrainedModel:
                 f"distill_teacher={path!r} lacks weights of {kind.__name__}: {', '.join(missing)}. Its logits would "
                 "be random. Give a model that was fine-tuned on the task, or set distill_logits_weight=0."
             )
-        logger.warning(f"distill_teacher={path!r} lacks {', '.join(missing)}. Its hidden states must not need them.")
+        logger.warning(
+            f"distill_teacher={path!r} lacks {', '.join(missing)}. Its hidden states must not need them: if "
+            "they are not those of the head, give another teacher."
+        )
     ours, theirs = (getattr(model.config, "id2label", None) or {} for model in (student, teacher))
     if args.distill_logits_weight and ours != theirs and sorted(ours.values()) == sorted(theirs.values()):
         raise ValueError(

@@ -52,7 +52,10 @@ class DistillationMixin:
         if self.args.distill_teacher is not None and (message := refusal(self)):
             raise ValueError(message)
         if unused := self.args.unused_distillation:
-            logger.warning(f"There is no distill_teacher: {', '.join(unused)} will have no effect.")
+            logger.warning(
+                f"There is no distill_teacher: {', '.join(unused)} will have no effect. Set distill_teacher to a "
+                "folder, a hub id or 'self', or leave them away."
+            )
 
     def _prepare_teacher(self) -> None:
         """At the start of a training, before it loads or wraps anything."""
