@@ -28,7 +28,7 @@ def test_launch_commands(command):
 
 
 @pytest.mark.parametrize(
-    "page", ["README.md", "CONTRIBUTING.md", *(f"docs/{p.name}" for p in (ROOT / "docs").iterdir())]
+    "page", ["README.md", "CONTRIBUTING.md", *(str(page.relative_to(ROOT)) for page in (ROOT / "docs").rglob("*.md"))]
 )
 def test_links_and_files_exist(page):
     text = (ROOT / page).read_text()

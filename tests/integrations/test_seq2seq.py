@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from transformers import DataCollatorForSeq2Seq, T5Config, T5ForConditionalGeneration
+from transformers import DataCollatorForSeq2Seq, Seq2SeqTrainingArguments, T5Config, T5ForConditionalGeneration
 
 from hf_admm.integrations import ADMMSeq2SeqTrainer, ADMMSeq2SeqTrainingArguments
 from integration_runs import FLAGS, check, check_best, logged
@@ -56,3 +56,9 @@ def test_arguments_are_made_where_none_are_given(t5, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = ADMMSeq2SeqTrainer(T5ForConditionalGeneration.from_pretrained(t5))
     assert type(trainer.args) is ADMMSeq2SeqTrainingArguments and trainer.args.is_sparse
+
+
+def test_other_arguments_are_refused_with_the_class_to_pass(t5, tmp_path):
+    model = T5ForConditionalGeneration.from_pretrained(t5)
+    with pytest.raises(ValueError, match=r"Pass hf_admm\.integrations\.seq2seq\.ADMMSeq2SeqTrainingArguments\."):
+        ADMMSeq2SeqTrainer(model, Seq2SeqTrainingArguments(str(tmp_path), use_cpu=True))
