@@ -2,6 +2,7 @@
 
 from hf_admm.callbacks.metrics import MetricsCallback
 from hf_admm.callbacks.phases import PhaseCallback
+from hf_admm.callbacks.report import ReportCallback
 
 
-__all__ = ["MetricsCallback", "PhaseCallback"]
+__all__ = ["MetricsCallback", "PhaseCallback", "ReportCallback"]

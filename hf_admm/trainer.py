@@ -12,7 +12,7 @@ from transformers.utils import logging
 
 from hf_admm.arguments import ADMMArgumentsMixin, with_flags
 from hf_admm.audit import AuditReport, audit_weights
-from hf_admm.callbacks import MetricsCallback, PhaseCallback
+from hf_admm.callbacks import MetricsCallback, PhaseCallback, ReportCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
 from hf_admm.pruning.shards import DTensor, local
@@ -86,6 +86,7 @@ class ADMMTrainerMixin(TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScal
     def _set_up_sparsity(self) -> None:
         self.audit, self.sparsity.resumed = None, False
         self._forget_loss_scaling()
+        ReportCallback.join(self)
         if not self.args.is_sparse:
             self.sparsity.clear()
             return

@@ -11,6 +11,7 @@ from transformers import HfArgumentParser
 
 from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.configs import load_config
+from hf_admm.visualization.drawing import is_installed
 
 
 # Fine-tuning a pre-trained encoder; any of them gives way to the config and the command line.
@@ -77,6 +78,11 @@ class _Parser(HfArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(f"{message}. See {self.prog} --help.")
+
+
+def with_report(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of a training command, by which it writes a report of its run if it can."""
+    return {**defaults, "sparsity_report": is_installed()}
 
 
 def parse_flags(
