@@ -44,7 +44,9 @@ class ReportCallback(TrainerCallback):
     def join(cls, trainer) -> None:
         """Adds one to a trainer whose arguments ask for a report, and gives one that is there the sparse weights."""
         handler = trainer.callback_handler
-        if trainer.args.sparsity_report and not any(isinstance(entry, cls) for entry in handler.callbacks):
+        if getattr(trainer.args, "sparsity_report", False) and not any(
+            isinstance(entry, cls) for entry in handler.callbacks
+        ):
             handler.add_callback(cls())
         for entry in handler.callbacks:
             if isinstance(entry, cls):

@@ -51,7 +51,7 @@ def metric_curves(logs: RunLogs, theme):
     """What evaluations measured, of the sparse weights: a plot each."""
     names = logs.metrics[:_MOST_METRICS]
     figure, found = new_figure(0.7 + 1.6 * len(names), len(names), sharex=True, squeeze=False)
-    for axes, name, style in zip(found[:, 0], names, line_styles(), strict=False):
+    for axes, name, style in zip(found[:, 0], names, line_styles(theme), strict=False):
         axes.plot(*logs.series(name), **style)
         axes.set_ylabel(name.removeprefix("eval_"))
         _frame(axes, logs, theme, label=axes is found[0, 0])
@@ -61,7 +61,7 @@ def metric_curves(logs: RunLogs, theme):
 
 def _curves(logs: RunLogs, theme, names: dict[str, str], scale: float = 1):
     figure, axes = new_figure(2.9)
-    for (name, label), style in zip(names.items(), line_styles(), strict=False):
+    for (name, label), style in zip(names.items(), line_styles(theme), strict=False):
         steps, values = logs.series(name)
         if steps:
             axes.plot(steps, [scale * value for value in values], label=label, **style)
@@ -76,7 +76,7 @@ def _frame(axes, logs: RunLogs, theme, label: bool = True) -> None:
 
     axes.grid(True)
     axes.set_axisbelow(True)
-    axes.set_xlim(0, max(logs.last_step, 1))
+    axes.set_xlim(0, 1.015 * max(logs.last_step, 1))
     axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
     axes.margins(y=0.12)
     if logs.switch_step is None:

@@ -7,25 +7,25 @@ from importlib.util import find_spec
 from itertools import cycle
 
 
-WIDTH = 4.8  # inches; a phone shows it at three quarters of its size
+WIDTH = 4.2  # inches; a phone shows it at three quarters of its size
 _DPI = 200
-# Okabe and Ito's, of different lightness; lines differ in their dashes and markers too.
-_STYLES = (("#0072B2", "-", "o"), ("#D55E00", "--", "s"), ("#009E73", "-.", "^"), ("#CC79A7", ":", "D"))
+_STYLES = (("-", "o"), ("--", "s"), ("-.", "^"), (":", "D"))
 MAGNITUDES = "cividis"  # even to those who see no red or green, and in greyscale
 
 
 @dataclass(frozen=True)
 class Theme:
-    """Colours of a figure: of its text and lines, of what is secondary, of its ground."""
+    """Colours of a figure: of its text, of what is secondary, of its ground, and of what it shows."""
 
-    name: str
     ink: str
     muted: str
     ground: str
+    colors: tuple[str, ...]
 
 
-LIGHT = Theme("light", "#1b1f24", "#6b7380", "#ffffff")
-DARK = Theme("dark", "#e8eaed", "#9aa3af", "#1b1f24")
+# Okabe and Ito's, which stand apart without red or green; lines differ in their dashes and markers too.
+LIGHT = Theme("#1b1f24", "#6b7380", "#ffffff", ("#0072B2", "#D55E00", "#009E73", "#AA4499"))
+DARK = Theme("#e8eaed", "#9aa3af", "#1b1f24", ("#56B4E9", "#E69F00", "#2FC79A", "#E39AC4"))
 
 
 def is_installed() -> bool:
@@ -63,9 +63,10 @@ def new_figure(height: float, rows: int = 1, **kwargs):
     return figure, figure.subplots(rows, 1, **kwargs)
 
 
-def line_styles():
+def line_styles(theme: Theme):
     """Colour, dashes and marker for each line of a plot in turn."""
-    return ({"color": color, "linestyle": dashes, "marker": marker} for color, dashes, marker in cycle(_STYLES))
+    pairs = cycle(zip(theme.colors, _STYLES, strict=True))
+    return ({"color": color, "linestyle": dashes, "marker": marker} for color, (dashes, marker) in pairs)
 
 
 def render(draw: Callable, theme: Theme) -> bytes:

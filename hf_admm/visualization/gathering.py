@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_admm.audit import audit_checkpoint
+from hf_admm.audit import AuditReport, audit_checkpoint
 from hf_admm.checkpoints.files import UNREADABLE, weight_files
 from hf_admm.checkpoints.folders import Checkpoint, weight_folders
 from hf_admm.visualization.activations import MapComparison, compare_maps
@@ -94,13 +94,13 @@ def gather(run_dir: Path, model_dir: Path | None = None, start: str | None = Non
         found.missing["weights"] = "no saved model was found in the folder of the run"
         return found
     dense = dense_weights(found)
-    report = audit_checkpoint(folder, found.results.get("pattern") if _is_pattern(found.results) else None)
+    report = _in_order(audit_checkpoint(folder), folder)
     stored = sum(file.stat().st_size for part in weight_folders(folder) for file in weight_files(part))
     add_weights(found, weight_figures(lambda: _tensors(folder), report, stored, dense))
     trained = run_dir / DENSE_FOLDER / MODEL_FOLDER
     with with_reason(found, "activations"):
         other = str(trained) if trained.is_dir() else found.start
-        against = "fine-tuned dense" if trained.is_dir() else "before training"
+        against = "fine-tuned" if trained.is_dir() else "before training"
         add_maps(
             found, notes, lambda: load_model(folder), lambda model: load_model(local_folder(other), model), against
         )
@@ -195,21 +195,30 @@ def load_model(folder: Path, like: nn.Module | None = None) -> nn.Module:
     Raises:
         `ValueError`: If it is not a model of transformers.
     """
-    verbosity = logging.get_verbosity()
-    logging.set_verbosity_error()  # a head that is not there is no matter here
-    try:
+    with _quiet():
         if like is not None:
-            return type(like).from_pretrained(folder, config=like.config, dtype=torch.float32, **_QUIETLY)
+            return type(like).from_pretrained(
+                folder, config=like.config, dtype=torch.float32, ignore_mismatched_sizes=True, local_files_only=True
+            )
         names = transformers.AutoConfig.from_pretrained(folder).architectures or [None]
         cls = getattr(transformers, str(names[0]), None)
         if cls is None:
             raise ValueError(f"{names[0]} is not a class of transformers, by which the model could be loaded")
-        return cls.from_pretrained(folder, dtype=torch.float32)
+        return cls.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without progress bars, and warnings of heads that are new: only hidden states are looked at."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()
+    logging.disable_progress_bar()
+    try:
+        yield
     finally:
         logging.set_verbosity(verbosity)
-
-
-_QUIETLY = {"ignore_mismatched_sizes": True, "local_files_only": True}
+        if bars:
+            logging.enable_progress_bar()
 
 
 @contextmanager
@@ -268,8 +277,13 @@ def _read_results(run_dir: Path) -> dict[str, Any]:
         raise ValueError(f"{file} is damaged ({type(error).__name__}: {error}). Remove it, or restore it.") from error
 
 
-def _is_pattern(results: dict[str, Any]) -> bool:
-    return bool(results.get("sparse")) and str(results.get("pattern", "none")).lower() != "none"
+def _in_order(report: AuditReport, folder: Path) -> AuditReport:
+    """The weights in the order of the model, which the record keeps; files are sorted by name."""
+    names = (name for record in Checkpoint.find(folder).records.values() for name in record.targets)
+    order = {name: place for place, name in enumerate(names)}
+    return replace(
+        report, weights=sorted(report.weights, key=lambda audit: order.get(audit.name.rpartition("/")[2], len(order)))
+    )
 
 
 def finite(value: Any) -> float | None:

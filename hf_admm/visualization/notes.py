@@ -37,7 +37,8 @@ class RunNotes:
 
 def save_notes(notes: RunNotes, run_dir: Path) -> None:
     """Writes the notes of a run into its folder, in one step."""
-    texts = {"start": notes.start, "switch": None if notes.switch is None else str(notes.switch)}
+    # `format` so that there is a header to read, if there is nothing else.
+    texts = {"format": "pt", "start": notes.start, "switch": None if notes.switch is None else str(notes.switch)}
     tensors = {
         f"{place:02d}/{name}": tensor.detach().cpu().contiguous().clone()
         for place, row in enumerate(notes.rows)

@@ -32,9 +32,8 @@ dl.facts > div { padding: 12px 14px }
 dt, dd.note { font-size: .85rem; line-height: 1.35 }
 dd { margin: 0; overflow-wrap: anywhere }
 dd.value { font-size: 1.45rem; font-weight: 600; font-variant-numeric: tabular-nums }
-.figures { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 440px), 1fr)); gap: 16px;
-  align-items: start }
-figure { margin: 0; padding: 14px }
+.figures { columns: 2 420px; column-gap: 16px }
+figure { margin: 0 0 16px; padding: 14px; break-inside: avoid }
 figure img { display: block; width: 100%; max-width: 560px; height: auto; margin: 0 auto }
 figcaption { font-size: .88rem; margin-top: 8px; overflow-wrap: anywhere }
 details { margin-top: 16px; padding: 10px 14px }

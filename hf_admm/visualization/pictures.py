@@ -63,8 +63,7 @@ def _heat_map(weights: WeightFigures, values: dict[str, float], theme, title: st
     labels, columns, cells = heat_map_cells(weights, values)
     figure, axes = new_figure(1.1 + 0.27 * len(labels))
     most = most or max(np.nanmax(cells), 1e-9)
-    colors = matplotlib.colormaps[MAGNITUDES].copy()
-    colors.set_bad(theme.ground)
+    colors = matplotlib.colormaps[MAGNITUDES].with_extremes(bad=theme.ground)
     image = axes.imshow(cells, cmap=colors, vmin=0, vmax=most, aspect="auto", interpolation="nearest")
     step = max(1, math.ceil(len(columns) / _MOST_NUMBERED))
     ticks = range(0, len(columns), step)
@@ -91,9 +90,9 @@ def mask_bars(weights: WeightFigures, theme):
     total = weights.masks.total()
     figure, axes = new_figure(0.8 + len(shown) * (0.24 if sides[0] == 1 else 0.1 + 0.13 * sides[0]))
     shares = [100 * count / total for _, count in shown]
-    axes.barh(range(len(shown)), shares, height=0.6, color="#0072B2")
+    axes.barh(range(len(shown)), shares, height=0.6, color=theme.colors[0])
     for row, share in enumerate(shares):
-        axes.text(share, row, f" {share:.3g}", va="center", fontsize=8)
+        axes.text(1, row, f"{share:.3g}", transform=axes.get_yaxis_transform(), ha="right", va="center", fontsize=8)
     axes.set_yticks(range(len(shown)), [mask_text(code, sides) for code, _ in shown], fontsize=8, linespacing=1.0)
     axes.tick_params(axis="y", length=0)
     axes.invert_yaxis()
@@ -101,8 +100,8 @@ def mask_bars(weights: WeightFigures, theme):
     if even > 0.2 * max(shares):
         axes.axvline(even, color=theme.ink, linewidth=1, linestyle=(0, (2, 2)))
         place_at = {"transform": axes.get_xaxis_transform(), "ha": "center", "va": "bottom", "fontsize": 8}
-        axes.text(even, 1.01, "all alike", **place_at)
-    axes.set_xlim(0, 1.15 * max(*shares, even if even > 0.2 * max(shares) else 0))
+        axes.text(even, 1.01, "equal shares", **place_at)
+    axes.set_xlim(0, 1.2 * max(*shares, even if even > 0.2 * max(shares) else 0))
     axes.set_xlabel("% of the groups")
     return figure
 
@@ -146,6 +145,8 @@ def map_picture(maps: MapComparison, theme):
 
 
 def _matrices(parts: dict[str, np.ndarray], theme, most: float, label: str, names, dots=False, extend="neither"):
+    from matplotlib.ticker import MaxNLocator
+
     rows, columns = next(iter(parts.values())).shape
     height = max(0.7, 3.9 * rows / columns)
     figure, found = new_figure(0.9 + (height + 0.35) * len(parts), len(parts), sharex=True, squeeze=False)
@@ -157,6 +158,8 @@ def _matrices(parts: dict[str, np.ndarray], theme, most: float, label: str, name
             axes.plot(*reversed(np.nonzero(part == 0)), marker=".", markersize=2, linestyle="none", color="white")
         axes.set_title(title)
         axes.set_ylabel(names[1])
+        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
+        axes.yaxis.set_major_locator(MaxNLocator(5, integer=True))
     found[-1, 0].set_xlabel(names[0])
     bar = figure.colorbar(image, ax=found[:, 0], location="bottom", aspect=40, shrink=0.9, extend=extend)
     bar.set_label(label)
@@ -168,21 +171,26 @@ def region_dots(maps: MapComparison, theme):
     dense, sparse = by_kind(maps.dense), by_kind(maps.sparse)
     kinds = list(dense)
     titles = {"near_zero": "near zero, % of the activations", "1x4": "1x4 regions all near zero, %"}
-    figure, found = new_figure(1.1 + 2 * (0.4 + 0.22 * len(kinds)), 2)
+    figure, found = new_figure(1.1 + 2 * (0.4 + 0.25 * len(kinds)), 2)
     for axes, (key, title) in zip(found, titles.items(), strict=True):
-        for figures, marker, label, face in ((dense, "o", "dense", "none"), (sparse, "s", "sparse", "#D55E00")):
-            values = [_share(figures[kind], key) for kind in kinds]
-            color = "#0072B2" if face == "none" else face
-            style = {"marker": marker, "markersize": 6, "linestyle": "none", "color": color}
-            axes.plot(values, range(len(kinds)), markerfacecolor=face, markeredgewidth=1.4, label=label, **style)
+        most = 0.0
+        for shown, marker, label, face, shift in (
+            (dense, "o", "dense", "none", -0.17),
+            (sparse, "s", "sparse", theme.colors[1], 0.17),
+        ):
+            values = [_share(shown[kind], key) for kind in kinds]
+            most, color = max(most, *values), theme.ink if face == "none" else face
+            style = {"marker": marker, "markersize": 5, "linestyle": "none", "color": color}
+            rows = [row + shift for row in range(len(kinds))]
+            axes.plot(values, rows, markerfacecolor=face, markeredgewidth=1.3, label=label, zorder=3, **style)
         if key != "near_zero":
             values = [100 * (sparse[kind][key]["by_chance"] or 0) for kind in kinds]
             style = {"marker": "|", "markersize": 9, "linestyle": "none", "color": theme.ink}
             axes.plot(values, range(len(kinds)), label="sparse, if scattered by chance", **style)
+            most = max(most, *values)
         axes.set_yticks(range(len(kinds)), [_shortened(kind) for kind in kinds], fontsize=8)
         axes.set_ylim(len(kinds) - 0.5, -0.5)
-        axes.set_xlim(left=0)
-        axes.margins(x=0.08)
+        axes.set_xlim(-0.01 * most, 1.06 * most or 1)
         axes.grid(True)
         axes.set_axisbelow(True)
         axes.set_title(title)
@@ -202,4 +210,4 @@ def _shortened(label: str) -> str:
 
 def mask_summary(masks: Counter, pattern: str) -> str:
     """How many masks occur, of how many that may."""
-    return f"{len(masks):,} different masks occur; {possible_masks(pattern):,} keep as many entries as {pattern} says"
+    return f"{len(masks):,} different masks occur, and {pattern} has {possible_masks(pattern):,} that are full"

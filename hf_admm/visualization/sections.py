@@ -175,8 +175,8 @@ def _weights(found: RunFigures) -> list[Picture]:
         flat = (1, math.prod(weights.group_sides))
         listed = ", ".join(f"{pictures.mask_text(code, flat)} {100 * count / total:.1f} %" for code, count in most[:6])
         shown.append(Picture(
-            "masks", "Masks that occur", f"{pictures.mask_summary(weights.masks, report.pattern)}. Shown are "
-            f"{len(most)}, which {100 * share:.3g} % of {total:,} groups have; a full square is an entry kept.",
+            "masks", "Masks that occur", f"{pictures.mask_summary(weights.masks, report.pattern)}. "
+            f"{len(most)} are shown, in {100 * share:.3g} % of {total:,} groups; a full square is an entry kept.",
             f"Share of the groups: {listed}.", partial(pictures.mask_bars, weights),
         ))  # fmt: skip
     sample = weights.sample

@@ -71,7 +71,7 @@ def batches(token_data):
 
 
 def test_maps_are_the_inputs_of_pruned_layers(tiny_bert, batches):
-    model = tiny_bert()
+    model = tiny_bert().eval()
     found = layer_figures(model, pruned_names(model, "2:4"), batches)
     assert list(found) == pruned_names(model, "2:4")
     assert not [module for module in model.modules() if module._forward_hooks], "a hook was left behind"
