@@ -17,7 +17,7 @@ from transformers import AutoModelForSequenceClassification, AutoTokenizer
 from transformers.utils import logging
 
 from benchmarks.common import RESULTS, machine
-from benchmarks.study.maps import NEAR, by_kind, cut_figures, layer_figures, project
+from benchmarks.study.maps import cut_figures, project, pruned_names
 from benchmarks.study.runs import Place, Spec, execute
 from benchmarks.study.tasks import load_task, recipe
 from hf_admm.commands.glue import glue_task
@@ -25,6 +25,8 @@ from hf_admm.commands.quickstart import MODEL_PACKAGE
 from hf_admm.finetuning.glue import GLUE_TASKS
 from hf_admm.finetuning.results import MODEL_FOLDER, write_json
 from hf_admm.finetuning.tweets import packaged_file
+from hf_admm.visualization.activations import NEAR, layer_figures
+from hf_admm.visualization.layers import by_kind
 
 
 ROOT = Path(__file__).parent.parent
@@ -112,7 +114,8 @@ def measure(folders: dict[str, Path], pattern: str, batches: Sequence[dict], nea
     maps = {}
     for stage, (name, cut) in STAGES.items():
         if name in folders:
-            maps[stage] = layer_figures(load(name, cut), pattern, batches, near)
+            model = load(name, cut)
+            maps[stage] = layer_figures(model, pruned_names(model, pattern), batches, near)
     cuts = {
         way: cut_figures(load(name, False), load(name, True), pattern, batches)
         for way, name in CUTS.items()

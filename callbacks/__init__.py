@@ -5,6 +5,7 @@ from hf_admm.callbacks.metrics import MetricsCallback
 from hf_admm.callbacks.monitor import SparsityMonitorCallback
 from hf_admm.callbacks.phases import PhaseCallback
 from hf_admm.callbacks.progress import PhaseProgressCallback
+from hf_admm.callbacks.report import ReportCallback
 
 
 __all__ = [
@@ -12,5 +13,6 @@ __all__ = [
     "PatternAuditCallback",
     "PhaseCallback",
     "PhaseProgressCallback",
+    "ReportCallback",
     "SparsityMonitorCallback",
 ]

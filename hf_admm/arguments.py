@@ -86,6 +86,12 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
             The last part of the run, in which the mask is frozen: a share of the run if below 1, else optimizer steps.
 
+        > Parameters that control what is said of the run
+
+        sparsity_report (`bool`, *optional*, defaults to `False`):
+            Writes a page with figures of the run to `report/` in `output_dir` when training ends
+            ([`ReportCallback`]). Needs matplotlib: `pip install hf-admm[report]`.
+
         > Parameters that control distillation: those of [`DistillationArgumentsMixin`]
 
     Raises:
@@ -181,6 +187,12 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=0.1,
         metadata={
             "help": "The last part of the run, with the mask frozen: a share of the run if below 1, else steps."
+        },
+    )
+    sparsity_report: bool = field(
+        default=False,
+        metadata={
+            "help": "Whether to write a page with figures of the run to report/ in output_dir (needs matplotlib)."
         },
     )
 

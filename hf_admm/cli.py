@@ -12,6 +12,7 @@ from hf_admm.version import __version__
 COMMANDS = {
     "quickstart": "fine-tune a small model dense and sparse, offline on a CPU, and compare them",
     "glue": "fine-tune a model on a GLUE task to a sparsity pattern",
+    "report": "write what a run logged, and where its zeros are, as one page with figures",
     "verify": "check that the weights of a checkpoint obey a sparsity pattern",
     "export": "export a checkpoint to ONNX, and check that every zero is kept",
     "speed": "time a 2:4 checkpoint dense against sparse on a GPU",

@@ -10,7 +10,7 @@ from transformers import Trainer
 
 from hf_admm.arguments import ADMMArgumentsMixin, with_flags
 from hf_admm.audit import AuditReport, audit_weights
-from hf_admm.callbacks import MetricsCallback, PhaseCallback, PhaseProgressCallback
+from hf_admm.callbacks import MetricsCallback, PhaseCallback, PhaseProgressCallback, ReportCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
 from hf_admm.console import get_logger
@@ -91,6 +91,7 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
     def _set_up_sparsity(self) -> None:
         self.audit, self.sparsity.resumed = None, False
         self._forget_loss_scaling()
+        ReportCallback.join(self)
         if not self.args.is_sparse:
             self.sparsity.clear()
             return

@@ -106,8 +106,9 @@ def validate_flags(args) -> None:
             raise ValueError(
                 f"{name}={value} is neither a share of the run (below 1) nor a whole number of optimizer steps."
             )
-    if not isinstance(args.admm_state_offload, bool):
-        raise ValueError(f"admm_state_offload={_shown(args.admm_state_offload)} is not allowed: give true or false.")
+    for name in ("admm_state_offload", "sparsity_report"):
+        if not isinstance(value := getattr(args, name), bool):
+            raise ValueError(f"{name}={_shown(value)} is not allowed: give true or false.")
     for name in ("sparsity_include", "sparsity_exclude"):
         value = getattr(args, name)
         names = value if isinstance(value, list | tuple) else [] if value is None else [value]

@@ -118,8 +118,9 @@ class Spec:
         if self.how.dense:
             named["learning_rates"] = key({"multipliers": learning_rates(args, _NOMINAL_STEPS)})
         elif self.how.kind != "pat":
-            # A teacher's folder says nothing of the outcome.
-            named |= {name: getattr(args, name) for name in _FLAGS if name not in ("distill_teacher",)}
+            # A teacher's folder says nothing of the outcome, nor whether there is a report of it.
+            unsaid = ("distill_teacher", "sparsity_report")
+            named |= {name: getattr(args, name) for name in _FLAGS if name not in unsaid}
         return {
             "task": self.task,
             "method": self.method,

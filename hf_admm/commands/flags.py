@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 
 from hf_admm.commands.help import FlagParser
 from hf_admm.configs import apply_config, as_typed, with_hints
+from hf_admm.visualization.drawing import is_installed
 
 
 # Fine-tuning a pre-trained encoder; any of them gives way to the config and the command line.
@@ -73,6 +74,11 @@ class CommandArguments:
 
 
 Arguments = TypeVar("Arguments", bound=CommandArguments)
+
+
+def with_report(defaults: dict[str, Any]) -> dict[str, Any]:
+    """Defaults of a training command, by which it writes a report of its run if it can."""
+    return {**defaults, "sparsity_report": is_installed()}
 
 
 def parse_flags(

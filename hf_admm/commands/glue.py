@@ -4,7 +4,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
+from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags, with_report
 from hf_admm.commands.training import fine_tune
 from hf_admm.console import say
 from hf_admm.finetuning.glue import GLUE_TASKS, HUB_DATASET, get_task, load_glue
@@ -69,7 +69,7 @@ def main(argv: Sequence[str]) -> int:
         `ValueError`: If the input is not allowed.
     """
     description = "Fine-tunes a model on a GLUE task to a sparsity pattern. Writes results.json and model/."
-    command, arguments = parse_flags(argv, "hf-admm glue", description, GlueArguments, DEFAULTS)
+    command, arguments = parse_flags(argv, "hf-admm glue", description, GlueArguments, with_report(DEFAULTS))
     arguments["output_dir"] = arguments["output_dir"] or os.path.join("runs", command.task_name)
     task = glue_task(command.task_name, command.data_dir)
     results = fine_tune(command, arguments, task, command.model_name_or_path, command.dense_baseline)

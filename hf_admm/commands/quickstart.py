@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags
+from hf_admm.commands.flags import DEFAULTS, CommandArguments, parse_flags, with_report
 from hf_admm.commands.training import fine_tune
 from hf_admm.console import say
 from hf_admm.finetuning.results import MODEL_FOLDER, results_table
@@ -103,7 +103,7 @@ def _accuracy(predictions: np.ndarray, references: np.ndarray) -> dict[str, floa
 
 def _defaults() -> dict[str, Any]:
     defaults = {
-        **DEFAULTS,
+        **with_report(DEFAULTS),
         "output_dir": os.path.join("runs", "quickstart"),
         # So few steps need large ones: a weight moves by about the learning rate in each.
         "learning_rate": 3e-4,

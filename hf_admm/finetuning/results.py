@@ -11,11 +11,19 @@ from typing import Any
 
 from hf_admm.reporting.tables import format_table
 from hf_admm.version import __version__
+from hf_admm.visualization.places import DENSE_FOLDER, MODEL_FOLDER, RESULTS_NAME
 
 
-RESULTS_NAME = "results.json"
-MODEL_FOLDER = "model"
-DENSE_FOLDER = "dense"
+__all__ = [
+    "DENSE_FOLDER",
+    "MODEL_FOLDER",
+    "RESULTS_NAME",
+    "Run",
+    "format_table",
+    "results_table",
+    "summarize_runs",
+    "write_json",
+]
 
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets", "evaluate")
 

@@ -24,12 +24,16 @@ from transformers import (
 )
 
 from hf_admm.arguments import ADMMTrainingArguments
-from hf_admm.console import say
+from hf_admm.console import get_logger, say
 from hf_admm.finetuning.results import DENSE_FOLDER, MODEL_FOLDER, RESULTS_NAME, Run, summarize_runs, write_json
 from hf_admm.finetuning.tasks import TextTask
 from hf_admm.reporting.model_card import CARD_NAME, CardFacts, add_to_card
 from hf_admm.trainer import ADMMTrainer
+from hf_admm.visualization.drawing import check_installed
+from hf_admm.visualization.report import note_run, write_report
 
+
+logger = get_logger(__name__)
 
 # A dry run needs a trainer, not the data.
 _DRY_RUN_ROWS = 8
@@ -102,18 +106,33 @@ class FineTuning:
             `dict[str, Any]`: The contents of `results.json`.
         """
         args = self._training_arguments()
+        # The report comes when all runs are over, and compares them.
+        reported, args.sparsity_report = args.sparsity_report, False
+        if reported:
+            check_installed()
         tokenized, tokenizer = self._tokenized()
         if args.should_save:
             # An interrupted run must not leave the results of an earlier one beside its own model.
             Path(args.output_dir, RESULTS_NAME).unlink(missing_ok=True)
-        runs = {"sparse" if args.is_sparse else "dense": self._train(args, tokenized, tokenizer)}
+        runs = {"sparse" if args.is_sparse else "dense": self._train(args, tokenized, tokenizer, reported)}
         self._record(args, runs)
         if dense_baseline and args.is_sparse:
             say(f"\nhf_admm: now dense, the same {runs['sparse'].steps} steps\n", args)
             runs["dense"] = self._train(self._dense_arguments(args.output_dir), tokenized, tokenizer)
             self._record(args, runs)
             self._compare_on_card(args, runs["dense"].metrics)
+        if reported and args.should_save:
+            self._report(args)
         return self._results(args, runs)
+
+    def _report(self, args: ADMMTrainingArguments) -> None:
+        try:
+            write_report(args.output_dir)
+        except Exception as error:  # hours of training are over, and their results are written
+            logger.warning(
+                f"The report could not be written ({type(error).__name__}: {error}). The results and the model are as "
+                f"they are; hf-admm report {args.output_dir} tries again."
+            )
 
     def _training_arguments(self) -> ADMMTrainingArguments:
         return ADMMTrainingArguments(**copy.deepcopy(self.arguments) | (_QUIET if self.quiet else {}))
@@ -179,12 +198,21 @@ class FineTuning:
             trainer.remove_callback(PrinterCallback)  # takes the place of the progress bar
         return trainer
 
-    def _train(self, args: ADMMTrainingArguments, tokenized: TextTask, tokenizer: PreTrainedTokenizerBase) -> Run:
+    def _train(
+        self,
+        args: ADMMTrainingArguments,
+        tokenized: TextTask,
+        tokenizer: PreTrainedTokenizerBase,
+        reported: bool = False,
+    ) -> Run:
         start = time.perf_counter()
         trainer = self._trainer(args, tokenized, tokenizer)
         trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
         model_dir = os.path.join(args.output_dir, MODEL_FOLDER)
         trainer.save_model(model_dir)
+        trainer.save_state()
+        if reported and args.should_save:
+            self._note(trainer, next(iter(tokenized.evaluations.values())))
         trainer.accelerator.wait_for_everyone()
         metrics = evaluate_saved(model_dir, args, tokenized, tokenizer)
         audit = trainer.audit if args.is_sparse else None
@@ -212,6 +240,17 @@ class FineTuning:
             facts = replace(self._facts, dense=metrics)
             add_to_card(os.path.join(args.output_dir, MODEL_FOLDER, CARD_NAME), facts)
 
+    def _note(self, trainer: ADMMTrainer, dataset: Dataset) -> None:
+        """What the report needs that nothing else keeps."""
+        args, local = trainer.args, os.path.isdir(self.model_name_or_path)
+        note_run(
+            Path(args.output_dir),
+            trainer.accelerator.unwrap_model(trainer.model),
+            os.path.abspath(self.model_name_or_path) if local else self.model_name_or_path,
+            args.phase_plan(trainer.state.max_steps).admm_steps if args.is_sparse else None,
+            trainer.get_eval_dataloader(dataset),
+        )
+
     def _results(self, args: ADMMTrainingArguments, runs: dict[str, Run]) -> dict[str, Any]:
         sizes = {"train": len(self.task.train)} | {name: len(data) for name, data in self.task.evaluations.items()}
         about = {
@@ -228,7 +267,7 @@ class FineTuning:
     def _telling_arguments(self) -> dict[str, Any]:
         """The flags of the sparsity, and of the others those that somebody set, but no secret."""
         defaults = vars(HfArgumentParser(TrainingArguments).parse_args([]))
-        hidden = ("output_dir", "hub_token")
+        hidden = ("output_dir", "hub_token", "sparsity_report")
         return {
             name: value
             for name, value in self.arguments.items()

@@ -7,8 +7,10 @@ import pytest
 import torch
 
 from benchmarks import activation_maps
-from benchmarks.study.maps import by_kind, cut_figures, gini, layer_figures, map_figures, project, pruned_names
+from benchmarks.study.maps import cut_figures, project, pruned_names
 from hf_admm.audit import audit_checkpoint
+from hf_admm.visualization.activations import gini, layer_figures, map_figures
+from hf_admm.visualization.layers import by_kind
 
 
 @pytest.fixture
@@ -69,8 +71,8 @@ def batches(token_data):
 
 
 def test_maps_are_the_inputs_of_pruned_layers(tiny_bert, batches):
-    model = tiny_bert()
-    found = layer_figures(model, "2:4", batches)
+    model = tiny_bert().eval()
+    found = layer_figures(model, pruned_names(model, "2:4"), batches)
     assert list(found) == pruned_names(model, "2:4")
     assert not [module for module in model.modules() if module._forward_hooks], "a hook was left behind"
     hidden = [model(**batch, output_hidden_states=True).hidden_states[1][0].detach() for batch in batches]

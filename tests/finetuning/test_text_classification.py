@@ -17,12 +17,15 @@ from transformers import (
 from hf_admm import cli
 from hf_admm.audit import audit_checkpoint
 from hf_admm.commands import quickstart
-from hf_admm.commands.flags import DEFAULTS
+from hf_admm.commands.flags import DEFAULTS, with_report
+from hf_admm.finetuning import text_classification
 from hf_admm.finetuning.metric import GlueMetric
 from hf_admm.finetuning.results import Run, format_table, results_table, summarize_runs, write_json
 from hf_admm.finetuning.tasks import TextTask
 from hf_admm.finetuning.text_classification import FineTuning
 from hf_admm.finetuning.tweets import load_tweets, packaged_file
+from hf_admm.visualization import drawing, report
+from hf_admm.visualization.notes import read_notes
 
 
 def test_glue_writes_results_and_model(glue, capsys, read_results):
@@ -41,6 +44,33 @@ def test_glue_writes_results_and_model(glue, capsys, read_results):
     assert audit_checkpoint(folder / "model", "2:4").ok
     table = capsys.readouterr().out
     assert "sparse 2:4" in table and f"{results['sparse']['accuracy']:.4f}" in table and "50.00%" in table
+
+
+def test_glue_writes_a_report_that_compares_both_models(glue, model_dir, read_results, monkeypatch):
+    monkeypatch.setattr(report, "render", lambda draw, theme: bytes(24))  # the figures are tested elsewhere
+    monkeypatch.setattr(drawing, "is_installed", lambda: True)
+    monkeypatch.setattr(text_classification, "check_installed", lambda: None)
+    code, folder = glue("--dense_baseline", "--sparsity_report", "true", "--logging_steps", "1")
+    assert code == 0
+    results, page = read_results(folder), (folder / "report" / "index.html").read_text()
+    assert f">{results['dense']['accuracy']:.4f}<" in page and f">{results['sparse']['accuracy']:.4f}<" in page
+    assert "sparsity_report" not in results["arguments"]
+    assert {"magnitude_lost.png", "regional_sparsity.png", "residuals.png"} <= {
+        file.name for file in (folder / "report").iterdir()
+    }
+    notes = read_notes(folder)
+    assert (notes.start, notes.switch, len(notes.rows)) == (model_dir, 3, 8)
+    assert not (folder / "dense" / "report").exists() and "that was trained dense with equal steps" in page
+
+
+def test_a_report_that_fails_leaves_the_results(glue, read_results, monkeypatch):
+    warned = []
+    monkeypatch.setattr(text_classification, "check_installed", lambda: None)
+    monkeypatch.setattr(text_classification, "write_report", lambda folder: 1 / 0)
+    monkeypatch.setattr(text_classification.logger, "warning", warned.append)
+    code, folder = glue("--sparsity_report", "true", "--max_steps", "2", "--admm_steps", "1")
+    assert code == 0 and read_results(folder)["violations"] == 0
+    assert len(warned) == 1 and f"hf-admm report {folder} tries again" in warned[0]
 
 
 def test_metrics_are_those_of_plain_from_pretrained(glue, data_dir, read_results):
@@ -206,12 +236,19 @@ def test_quickstart_trains_dense_and_sparse(model_dir, tmp_path, monkeypatch, ca
     monkeypatch.setattr(quickstart, "packaged_file", lambda *names: model_dir)
     monkeypatch.chdir(tmp_path)
     flags = ["--max_train_samples", "64", "--max_eval_samples", "20", "--max_steps", "4", "--bf16", "false"]
-    assert cli.main(["quickstart", *flags]) == 0
+    assert cli.main(["quickstart", *flags, "--sparsity_report", "false"]) == 0
+    assert not (tmp_path / "runs" / "quickstart" / "report").exists()
     results = read_results(tmp_path / "runs" / "quickstart")
     assert results["violations"] == 0 and results["sparse"]["accuracy"] >= 0 and results["dense"]["accuracy"] >= 0
     assert results["steps"] == 4
     out = capsys.readouterr().out
     assert 'pipeline("text-classification", model="' in out and "broken groups" in out
+
+
+def test_commands_write_a_report_where_they_can(monkeypatch):
+    for there in (True, False):
+        monkeypatch.setattr("hf_admm.commands.flags.is_installed", lambda there=there: there)
+        assert quickstart._defaults()["sparsity_report"] is with_report(DEFAULTS)["sparsity_report"] is there
 
 
 def test_quickstart_imports_neither_package(monkeypatch):
