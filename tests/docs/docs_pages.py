@@ -1,6 +1,6 @@
 """
-What the Python blocks of the documentation find: tiny models under the names that pages give to `from_pretrained`, files
-under the names that they read, and the names that short blocks leave out.
+What the Python blocks of the documentation find: tiny models under the names that pages give to `from_pretrained`,
+files under the names that they read, and the names that short blocks leave out.
 """
 
 import dataclasses

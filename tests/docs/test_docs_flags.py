@@ -5,8 +5,8 @@ import re
 
 from docs_pages import ROOT
 
-from hf_admm import ADMMArgumentsMixin, ADMMTrainingArguments
-from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults
+from hf_admm import ADMMArgumentsMixin, ADMMTrainingArguments, parse_pattern
+from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults, pull_start
 
 
 PAGE = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
@@ -47,3 +47,8 @@ def test_every_flag_is_there_with_its_default():
 
 def test_the_defaults_by_penalty_are_those_of_the_code():
     assert defaults_table() in PAGE, f"docs/flags.md should hold:\n\n{defaults_table()}"
+
+
+def test_the_start_of_the_pull_is_that_of_the_code():
+    half, quarter = (pull_start(parse_pattern(text)) for text in ("2:4", "1:4"))
+    assert f"is over: {half}, or {quarter} where the pattern keeps less than half" in PAGE
