@@ -1,4 +1,4 @@
-.PHONY: quality style test kill fuzz quickstart bench accuracy activation-maps clean
+.PHONY: quality style test docs kill fuzz quickstart bench accuracy activation-maps clean
 
 PYTHON ?= python
 
@@ -13,6 +13,10 @@ style:
 
 test:
 	$(PYTHON) -m pytest
+
+# The site, in site/. A broken link or anchor, or a page that mkdocs.yml does not name, is an error.
+docs:
+	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
 
 # Ten times the deaths of the tests.
 kill:
@@ -43,5 +47,5 @@ activation-maps:
 
 # setuptools puts what it finds in build/ into the next wheel, files since deleted included.
 clean:
-	rm -rf build dist *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hf_admm callbacks configs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

@@ -1,0 +1,54 @@
+"""docs/flags.md says what the code takes: every flag with its default, and every default by penalty."""
+
+import dataclasses
+import re
+
+from docs_pages import ROOT
+
+from hf_admm import ADMMArgumentsMixin, ADMMTrainingArguments, parse_pattern
+from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults, pull_start
+
+
+PAGE = (ROOT / "docs" / "flags.md").read_text(encoding="utf-8")
+ROWS = dict(re.findall(r"^\| `(\w+)` \| (.*?) ?\| ", PAGE.partition("## ")[0], re.M))
+# The fields of `PenaltyDefaults`, by the flag for which they stand, and what None means there.
+FLAGS = {
+    "rho": ("admm_rho", None),
+    "update_steps": ("admm_update_steps", f"phase 1 / {UPDATES}"),
+    "decay": ("srste_decay", "as at the end of phase 1"),
+    "lr_scheduler_type": ("admm_lr_scheduler_type", "`lr_scheduler_type`"),
+    "lr_multiplier": ("srste_lr_multiplier", None),
+}
+
+
+def defaults_table():
+    fields = [field.name for field in dataclasses.fields(PenaltyDefaults)]
+    assert set(fields) == set(FLAGS), "name the flag of each field in FLAGS"
+    lines = [f"| `admm_penalty` | {' | '.join(f'`{FLAGS[name][0]}`' for name in fields)} |"]
+    lines.append("| --- " * (len(fields) + 1) + "|")
+    for penalty, defaults in PENALTIES.items():
+        cells = (getattr(defaults, name) for name in fields)
+        texts = [FLAGS[name][1] if cell is None else f"`{cell}`" for name, cell in zip(fields, cells, strict=True)]
+        lines.append(f"| `{penalty}` | {' | '.join(texts)} |")
+    return "\n".join(lines)
+
+
+def test_every_flag_is_there_with_its_default():
+    fields = {field.name: field.default for field in dataclasses.fields(ADMMArgumentsMixin)}
+    assert list(ROWS) and not set(fields) ^ set(ROWS), "flags without a row, or rows without a flag"
+    taken = {"admm_penalty": ADMMTrainingArguments(output_dir="out").penalty}  # its None has one meaning
+    for name, default in (fields | taken).items():
+        # None stands for nothing, or for a default that depends on another flag.
+        allowed = {"", "by penalty", "by teacher"} if default is None else {f"`{default}`"}
+        assert ROWS[name] in allowed, f"{name}: {ROWS[name]} instead of {' or '.join(allowed)}"
+        if name in (flag for flag, _ in FLAGS.values()):
+            assert ROWS[name] == "by penalty", name
+
+
+def test_the_defaults_by_penalty_are_those_of_the_code():
+    assert defaults_table() in PAGE, f"docs/flags.md should hold:\n\n{defaults_table()}"
+
+
+def test_the_start_of_the_pull_is_that_of_the_code():
+    half, quarter = (pull_start(parse_pattern(text)) for text in ("2:4", "1:4"))
+    assert f"is over: {half}, or {quarter} where the pattern keeps less than half" in PAGE
