@@ -20,7 +20,7 @@ DEFAULTS = {
     "sparsity_pattern": "2:4",
     "sparsity_include": None,
     "sparsity_exclude": None,
-    "admm_steps": 0.5,
+    "admm_steps": 0.6,
     "admm_rho": None,
     "admm_rho_schedule": "constant",
     "admm_update_steps": None,

@@ -38,19 +38,23 @@ def page(lines: Sequence[dict], figures: Sequence[Path] = ()) -> str:
 
 
 def short_table(lines: Sequence[dict]) -> str:
-    """The README's table: a row for each method, at most eight, with its share of dense at each pattern."""
+    """The README's table: a row for each method and pattern, at most eight, with its metrics and share of dense."""
     study = Study(lines)
     if not study.lines:
         return EMPTY.strip()
-    found = [name for name in METHODS if name not in DENSE and any(study.share(name, p) for p in study.patterns)]
-    rows = [
-        f"| {METHODS[name].title} | {' | '.join(_share(study.share(name, p)) for p in study.patterns)} |"
-        for name in found[:README_ROWS]
-    ]
-    head = [f"| share of dense | {' | '.join(study.patterns)} |", f"| --- |{' --- |' * len(study.patterns)}"]
-    counts = f"{len(study.tasks)} tasks of GLUE ({', '.join(study.tasks)}), {_seeds(study)}"
+    metrics = {line["task"]: line["metric"] for line in study.lines}
+    found = [("none", study.reference)] if study.reference else []
+    found += [(pattern, name) for pattern in study.patterns for name in _sorted(study.methods(pattern))]
+    rows = [f"| | {' | '.join(f'{task} ({metrics[task]})' for task in study.tasks)} | share of dense |"]
+    rows.append(f"| --- |{' --- |' * (len(study.tasks) + 1)}")
+    for pattern, name in found[:README_ROWS]:
+        dense, title = pattern == "none", METHODS[name].title
+        cells = [_metric(estimate(study.values(name, pattern, task).values())) for task in study.tasks]
+        cells.append("" if dense else _share(study.share(name, pattern)))
+        rows.append(f"| {title if dense else f'{title}, {pattern}'} | {' | '.join(cells)} |")
+    counts = f"{len(study.tasks)} tasks of GLUE, {_seeds(study)}"
     note = f"{counts}, equal optimizer steps; in brackets 95 % intervals. [All results](docs/results.md)."
-    return "\n".join([*head, *rows, "", note])
+    return "\n".join([*rows, "", note])
 
 
 def replace_between(text: str, table: str) -> str:

@@ -74,8 +74,8 @@ def test_rates_that_were_tried_are_said(lines, make_line):
 def test_short_table_has_at_most_eight_rows(lines, make_line, monkeypatch):
     lines += [make_line(name, 0.5, "mrpc", 1) for name in METHODS]
     text = report.short_table(lines)
-    assert text.splitlines()[0] == "| share of dense | 2:4 | 1:4 |"
-    assert "| ASP | " in text and "95 % intervals" in text and "2 tasks of GLUE (cola, mrpc), 3 seeds" in text
+    assert text.splitlines()[0] == "| | cola (matthews_correlation) | mrpc (accuracy) | share of dense |"
+    assert "| ASP, 2:4 | " in text and "95 % intervals" in text and "2 tasks of GLUE, 3 seeds" in text
     assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 8
     monkeypatch.setattr(report, "README_ROWS", 3)
     assert sum(line.startswith("| ") for line in report.short_table(lines).splitlines()) == 2 + 3
@@ -102,7 +102,7 @@ def test_the_command_writes_docs_and_readme(lines, tmp_path, capsys):
         accuracy.main(where)
     text = readme.read_text()
     assert text.startswith("before\n") and text.endswith("\nafter\n") and "old" not in text
-    assert text.count("| ASP |") == 1 and "## 2:4" in (docs / "results.md").read_text()
+    assert text.count("| ASP, 2:4 |") == 1 and "## 2:4" in (docs / "results.md").read_text()
 
 
 def test_plots_are_drawn_and_shown(lines, tmp_path):
