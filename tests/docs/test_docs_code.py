@@ -28,7 +28,7 @@ def test_blocks_are_found():
 
 @pytest.mark.parametrize("page", DOCUMENTS)
 def test_python_blocks_run(page, folder):
-    DOCUMENTS[page].namespace.update(common_names())
+    DOCUMENTS[page].namespace.update(common_names(page))
     for example in DOCUMENTS[page].examples():
         try:
             example.evaluate()
