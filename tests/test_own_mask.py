@@ -10,8 +10,11 @@ from safetensors.torch import load_file, save_file
 from transformers import BertForSequenceClassification, Trainer, TrainerCallback, TrainingArguments
 
 from hf_admm import audit_checkpoint
+from hf_admm.checkpoints.files import parse_record
+from hf_admm.checkpoints.records import record_text
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME, checksum
 from hf_admm.commands import verify
+from hf_admm.commands.export import _record as record_for_export
 from launch import launch, needs_gloo
 from own_masks import OWN, bring_zeros, zeros_of
 from tiny_runs import SETTINGS, Recorder, assert_same_weights, prepare, train, weights
@@ -270,6 +273,15 @@ def test_verify_names_what_is_missing(saved, tmp_path):
     report = audit_checkpoint(saved / "model", expect=["query", "classifier"])
     assert not report.ok and "classifier (missing)" in report.verdict()
     assert not audit_checkpoint(saved / "model", at_least=13).ok
+
+
+def test_an_export_takes_the_numbers_along(saved):
+    """An ONNX file has a copy of the record, by which alone its zeros can be told."""
+    model = BertForSequenceClassification.from_pretrained(saved / "model")
+    record = record_for_export(model, saved / "model")
+    expected = {name: (~zeros).sum().item() for name, zeros in zeros_of(bring_zeros(model)).items()}
+    assert record.pattern == "own" and record.kept == expected
+    assert parse_record(record_text(record.pattern, record.targets, record.kept), "here") == record
 
 
 def test_a_dense_model_has_no_zero_to_compare(saved, tiny_bert, tmp_path):

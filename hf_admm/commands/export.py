@@ -61,7 +61,8 @@ def _record(model, folder: Path) -> SparsityRecord | None:
             f"The record of {folder} names weights that {type(model).__name__} does not have as they are saved: "
             f"{', '.join(sorted(lost))}. Remove the record to export without it."
         )
-    return SparsityRecord(record.pattern, targets)
+    kept = {name: record.kept[key] for name, key in keys.items() if key in record.kept}
+    return SparsityRecord(record.pattern, targets, kept)
 
 
 def _parser() -> argparse.ArgumentParser:
