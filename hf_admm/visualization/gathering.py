@@ -263,7 +263,7 @@ def _model_folder(run_dir: Path) -> Path | None:
 
 
 def _tensors(folder: Path) -> Iterator[tuple[str, torch.Tensor]]:
-    return ((name, tensor) for name, tensor, _ in Checkpoint.find(folder).tensors())
+    return ((stored.name, stored.tensor) for stored in Checkpoint.find(folder).tensors())
 
 
 def _read_results(run_dir: Path) -> dict[str, Any]:
