@@ -110,7 +110,7 @@ class AuditReport:
     recorded: int | None = None
     note: str = ""
     at_least: int = 1
-    unit, broken_unit = "groups", "broken"  # what is counted, in words
+    unit, broken_unit, broken_label = "groups", "broken", "broken groups"  # what is counted, in words
 
     @property
     def sparse(self) -> list[WeightAudit]:

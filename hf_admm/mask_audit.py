@@ -29,7 +29,7 @@ BY_NUMBER = "by the number of zeros; give --against BASE to compare each of them
 class MaskReport(AuditReport):
     """An [`AuditReport`] whose groups are the zeros of a mask, each by itself, and broken where they are lost."""
 
-    unit, broken_unit = "zeros to keep", "lost"
+    unit, broken_unit, broken_label = "zeros to keep", "lost", "zeros lost"
 
     def _verdict(self) -> str:
         held = sum(weight.groups for weight in self.sparse)

@@ -195,7 +195,8 @@ def test_adapters_train_as_under_plain_trainer_and_the_base_stays(tiny_bert, tok
     data, flags = token_data(), {"max_steps": 6, "learning_rate": 1e-2, "save_strategy": "steps", "save_steps": 3}
     ours = own(adapted(bring_zeros(tiny_bert())), data, tmp_path / "ours", **flags)
     out = capsys.readouterr().out
-    assert "nothing to mask: all that is sparse is frozen" in out and "none is lost" in out
+    assert "stay as they are  12 sparse weights that are frozen: " in out and "query.base_layer" in out
+    assert "zeros lost" in out and "SR-STE" not in out
     base = {"per_device_train_batch_size": 8, "report_to": "none", "disable_tqdm": True, "use_cpu": True}
     args = TrainingArguments(str(tmp_path / "plain"), **base, **flags)
     plain = Trainer(adapted(bring_zeros(tiny_bert())), args, train_dataset=data, eval_dataset=data[:16])

@@ -48,7 +48,7 @@ def closing_table(
     time = "" if seconds is None else f" and {seconds:.0f} s"
     facts = [
         ("zeros", f"{audit.sparsity:.2%} of {entries:,} entries, in {len(audit.sparse)} weights"),
-        ("broken groups", f"{audit.violations} of {groups:,}"),
+        (audit.broken_label, f"{audit.violations} of {groups:,}"),
         ("metrics", _metrics(state, best_loaded)),
         *phase_figures(state, admm_steps),
         *files,

@@ -4,6 +4,7 @@ from hf_admm.pruning.state import ADMMState
 from hf_admm.reporting.settings import pattern_words, phase_words
 from hf_admm.reporting.tables import format_facts, format_table, shortened, size_text
 from hf_admm.sparsity.kinds import layer_kinds
+from hf_admm.sparsity.own import OwnSelection
 
 
 MOST_KINDS = 12
@@ -32,13 +33,18 @@ def opening_table(args, state: ADMMState, max_steps: int, step: int = 0, model_n
     selection, settings = state.selection, args.phase_settings(max_steps)
     resumed = f", resumed after step {step}" if step else ""
     lines = [f"hf_admm: {model_name} to {args.pattern} in {max_steps} steps{resumed}"]
-    lines += ["", kinds_table({name: target.shape for name, target in selection.targets.items()}), ""]
+    if selection.targets:
+        lines += ["", kinds_table({name: target.shape for name, target in selection.targets.items()})]
+    lines.append("")
     memory = [f"{size_text(size)} in phase {number}" for number, size in _memory(state, settings)]
     place = "in CPU memory" if settings.offload and _on_gpu(state) else "beside the weights"
-    facts = [
-        ("pattern", pattern_words(args.pattern)),
+    chosen = [
         ("pruned", f"{selection.share():.1%} of the entries of all matrices"),
         ("left dense", selection.reasons()),
+    ]
+    facts = [
+        ("pattern", pattern_words(args.pattern)),
+        *(selection.facts() if isinstance(selection, OwnSelection) else chosen),
         *phase_words(args, max_steps),
         ("memory", f"{' and '.join(memory)} {place}, on this process"),
     ]

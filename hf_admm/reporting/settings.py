@@ -32,6 +32,8 @@ def phase_words(args, max_steps: int) -> list[tuple[str, str]]:
     Returns:
         `list[tuple[str, str]]`: For each phase that the run has, its name and a line.
     """
+    if args.is_own:
+        return [("training", f"{max_steps} steps with a mask that does not move")]
     settings = args.phase_settings(max_steps)
     plan, words = settings.plan, []
     if plan.admm_steps:
@@ -89,7 +91,8 @@ def set_flags(args, max_steps: int) -> dict[str, str]:
     for name in ("sparsity_include", "sparsity_exclude"):
         if value := getattr(args, name):
             flags[name] = value if isinstance(value, str) else " ".join(value)
-    flags["admm_steps"] = str(plan.admm_steps)
+    if not args.is_own:
+        flags["admm_steps"] = str(plan.admm_steps)
     if plan.admm_steps:
         flags |= {"admm_penalty": settings.penalty, "admm_rho": f"{settings.rho:g}"}
         if settings.rho:
@@ -97,7 +100,7 @@ def set_flags(args, max_steps: int) -> dict[str, str]:
         if settings.rho and settings.penalty != "distance":
             flags |= {"admm_rho_schedule": settings.rho_schedule, "admm_state_dtype": args.admm_state_dtype}
         flags["admm_lr_scheduler_type"] = args.phase_schedulers[0] or _plain(args.lr_scheduler_type)
-    if plan.admm_steps < plan.max_steps:
+    if plan.admm_steps < plan.max_steps and not args.is_own:
         flags |= {
             "srste_mask": args.srste_mask,
             "srste_decay": "as at the end of phase 1" if settings.decay is None else f"{settings.decay:g}",

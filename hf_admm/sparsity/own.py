@@ -91,19 +91,22 @@ class OwnSelection(TargetSelection):
         return "\n".join([*lines, self.summary(), *filter(None, [self.warning()])])
 
     def summary(self) -> str:
-        parts = []
+        return "; ".join(f"{what}: {words}" for what, words in self.facts())
+
+    def facts(self) -> list[tuple[str, str]]:
+        """What becomes of the weights, and which they are: a heading and a line each."""
+        facts, frozen = [], self.frozen
         if self.targets:
             entries, total = self._entries()
             held = {name: (self.zeros[name], target.shape.numel()) for name, target in self.targets.items()}
             share = f"{entries:,} entries, {entries / max(total, 1):.1%} of all matrices"
-            parts.append(f"{len(held)} weights are sparse and keep their zeros ({share}): {_by_kind(held)}")
-        if frozen := self.frozen:
+            facts.append(("keep their zeros", f"{len(held)} sparse weights ({share}): {_by_kind(held)}"))
+        if frozen:
             held = {name: (zeros, self.left_out[name][0].numel()) for name, zeros in frozen.items()}
-            what = "" if self.targets else "nothing to mask: all that is sparse is frozen. "
-            parts.append(f"{what}{len(held)} sparse weights are frozen and stay as they are: {_by_kind(held)}")
+            facts.append(("stay as they are", f"{len(held)} sparse weights that are frozen: {_by_kind(held)}"))
         reasons = Counter(reason for name, (_, reason) in self.left_out.items() if name not in frozen)
         others = ", ".join(f"{count} {reason}" for reason, count in reasons.items()) or "none"
-        return "; ".join([*parts, f"without a mask: {others}"])
+        return [*facts, ("without a mask", others)]
 
     def warning(self) -> str | None:
         """What should be said of sparse weights that can't have a mask: their zeros will be lost."""

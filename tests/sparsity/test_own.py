@@ -41,9 +41,7 @@ def test_each_weight_is_told_by_its_zeros(tiny_bert):
     assert reasons["bert.encoder.layer.1.output.dense.weight"] == "all zero"
     assert selection.warning() is None  # the embedding's row of zeros is padding
     line = selection.summary()
-    assert (
-        line.startswith("11 weights are sparse and keep their zeros (") and "bert.pooler.dense (50.0% zeros)" in line
-    )
+    assert line.startswith("keep their zeros: 11 sparse weights (") and "bert.pooler.dense (50.0% zeros)" in line
     assert "2 of bert.encoder.layer.*.attention.self.query (" in line
     assert "50.00%  sparse, keeps its zeros" in selection.table()
 
@@ -108,11 +106,11 @@ def test_what_is_frozen_needs_no_mask(tiny_bert):
     model.bert.encoder.layer[0].requires_grad_(False)
     selection = select_own(model)
     assert len(selection.targets) == len(selection.frozen) == 6
-    assert "6 sparse weights are frozen and stay as they are" in selection.summary()
+    assert "stay as they are: 6 sparse weights that are frozen: " in selection.summary()
     model.bert.requires_grad_(False)
     selection = select_own(model)
     assert not selection.targets and len(selection.frozen) == 12
-    assert selection.summary().startswith("nothing to mask: all that is sparse is frozen.")
+    assert selection.summary().startswith("stay as they are: 12 sparse weights")
 
 
 def test_a_dense_model_is_an_error_that_says_what_to_do(tiny_bert):
