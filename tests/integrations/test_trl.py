@@ -11,7 +11,7 @@ from tiny_runs import assert_same_weights, weights
 
 trl = pytest.importorskip("trl")
 
-from hf_admm import integrations  # noqa: E402
+from hf_admm import integrations, merge_sparse_adapter  # noqa: E402
 
 
 ROWS = {
@@ -157,22 +157,47 @@ def test_activation_offloading(maker, tmp_path, monkeypatch):
 # ---- What a user may give ----
 
 
-def test_a_peft_config_is_refused_before_anything_is_touched(maker, llama, tmp_path):
+def lora(**config):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
-    make, _ = maker("SFT", parts={"peft_config": lora})
-    with pytest.raises(ValueError, match=r"ADMMSFTTrainer got a peft_config \(LoraConfig\).*sparsity_pattern='none'"):
+    return peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", **config)
+
+
+def test_a_peft_config_is_refused_before_anything_is_touched(maker, llama, tmp_path):
+    make, _ = maker("SFT", parts={"peft_config": lora()})
+    with pytest.raises(ValueError, match=r"ADMMSFTTrainer got a peft_config \(LoraConfig\).*sparsity_pattern='own'"):
         make(tmp_path, llama)
-    dense = make(tmp_path, llama, sparsity_pattern="none", max_steps=1)  # the way out
+    dense = make(tmp_path, llama, sparsity_pattern="none", max_steps=1)  # plain TRL
     dense.train()
     assert (tmp_path / "checkpoint-1" / "adapter_model.safetensors").is_file()
+
+
+@pytest.mark.parametrize("name", ["SFT", "DPO"])
+def test_a_peft_config_for_a_model_that_is_sparse_already(name, maker, llama, tmp_path):
+    """The way that the message names."""
+    make, _ = maker(name)
+    sparse = make(tmp_path / "sparse", llama)
+    sparse.train()
+    sparse.save_model(tmp_path / "model")
+    flags = {key: value for key, value in FLAGS.items() if not key.startswith("admm_")}
+    args = getattr(integrations, f"ADMM{name}Config")(str(tmp_path / "lora"), sparsity_pattern="own", **flags)
+    rows = ROWS[name]()
+    trainer = type(sparse)(
+        str(tmp_path / "model"), args=args, train_dataset=rows, eval_dataset=rows, peft_config=lora()
+    )
+    trainer.train()
+    assert trainer.audit.ok and (tmp_path / "lora" / "checkpoint-8" / "adapter_model.safetensors").is_file()
+    merged = merge_sparse_adapter(trainer.model)
+    before = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    for weight in sparse.sparsity.targets:
+        assert (merged.get_parameter(weight)[before.get_parameter(weight) == 0] == 0).all()
+    query = "model.layers.0.self_attn.q_proj.weight"
+    assert not torch.equal(merged.get_parameter(query), before.get_parameter(query))
 
 
 @pytest.mark.parametrize("trained", [False, True])
 def test_a_peft_model_is_refused(trained, llama, tmp_path):
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM")
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora())
     if trained:
         model.requires_grad_(True)
     with pytest.raises(ValueError, match=r"base weights of (a|this) PEFT/LoRA model.*merge_and_unload"):
@@ -184,8 +209,7 @@ def test_a_peft_model_is_refused(trained, llama, tmp_path):
 def test_a_merged_adapter_is_pruned(llama, tmp_path):
     """The way that the message names."""
     peft = pytest.importorskip("peft")
-    lora = peft.LoraConfig(target_modules=["q_proj"], r=2, task_type="CAUSAL_LM", init_lora_weights=False)
-    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora)
+    model = peft.get_peft_model(AutoModelForCausalLM.from_pretrained(llama), lora(init_lora_weights=False))
     model = model.merge_and_unload()
     model.requires_grad_(True)
     rows = texts("text")
