@@ -59,7 +59,7 @@ def test_glue_writes_a_report_that_compares_both_models(glue, model_dir, read_re
         file.name for file in (folder / "report").iterdir()
     }
     notes = read_notes(folder)
-    assert (notes.start, notes.switch, len(notes.rows)) == (model_dir, 3, 8)
+    assert (notes.start, notes.switch, len(notes.rows)) == (model_dir, 4, 8)
     assert not (folder / "dense" / "report").exists() and "that was trained dense with equal steps" in page
 
 
