@@ -7,6 +7,7 @@ long on an idle core.
 
 import argparse
 import json
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -23,7 +24,7 @@ from transformers.utils import logging
 from benchmarks.common import RESULTS, machine
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from hf_admm.commands.quickstart import MODEL_PACKAGE, tweets_task
-from hf_admm.finetuning.results import MODEL_FOLDER, write_json
+from hf_admm.finetuning.results import MODEL_FOLDER
 from hf_admm.finetuning.tweets import packaged_file
 
 
@@ -168,6 +169,13 @@ def same_run(overrides: dict, records: dict[str, dict]) -> dict | None:
     return next((record for record in records.values() if record["arguments"] == wanted), None)
 
 
+def keep(records: dict[str, dict], path: Path, threads: int) -> None:
+    """Writes the records, each curve on two lines."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    text = json.dumps({"machine": machine(threads), "runs": records}, indent=1)
+    path.write_text(re.sub(r"\[[^\[\]{}]*\]", lambda found: " ".join(found[0].split()), text) + "\n", encoding="utf-8")
+
+
 def draw(figures: dict[str, dict], records: dict[str, dict], folder: Path) -> list[Path]:
     """
     Draws the pictures.
@@ -224,8 +232,7 @@ def main() -> None:
             if same_run(overrides, known) is None:
                 print(f"{name}, {title}", flush=True)
                 known[f"{name}: {title}"] = run(overrides)
-                args.output.parent.mkdir(parents=True, exist_ok=True)
-                write_json({"machine": machine(args.threads), "runs": known}, args.output)
+                keep(known, args.output, args.threads)
     for path in draw(FIGURES, known, args.pictures):
         print(f"wrote {path}")
 

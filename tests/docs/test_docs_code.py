@@ -9,7 +9,7 @@ from sybil.parsers.markdown import CodeBlockParser, SkipParser
 
 
 # Packages that a page may be about and the tests can do without: it is skipped where one is missing.
-OPTIONAL = {"onnx", "onnxruntime", "openvino", "peft", "sentence_transformers", "timm", "torchvision", "trl"}
+OPTIONAL = {"nncf", "onnx", "onnxruntime", "openvino", "peft", "sentence_transformers", "timm", "torchvision", "trl"}
 
 
 def evaluate(example):
