@@ -10,8 +10,8 @@ from typing import Any
 
 import torch
 from torch import nn
-from transformers.utils import logging
 
+from hf_admm.console import get_logger, say
 from hf_admm.pruning.updates import squared_norm, squared_outside
 from hf_admm.sparsity.chunks import tensor_work
 from hf_admm.sparsity.matrices import adapter_prefixes, named_parameters
@@ -19,7 +19,7 @@ from hf_admm.sparsity.own import SPARSE_FROM, count_zeros, is_sparse
 from hf_admm.sparsity.projections import zero_outside
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 # More than this share of the update's norm is worth a warning: the merged model is not the one that was evaluated.
 _SMALL_CUT = 0.1
@@ -142,7 +142,7 @@ def merge_sparse_adapter(
         ) from error
     report = MergeReport(_cut(merged, before))
     logger.info(report.table())
-    print(f"hf_admm: {report.summary()}")
+    say(f"hf_admm: {report.summary()}")
     if report.cut > _SMALL_CUT:
         worst = ", ".join(f"{w.name} ({w.cut:.1%})" for w in sorted(report.weights, key=lambda w: -w.cut)[:3])
         logger.warning(

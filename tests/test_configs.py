@@ -59,7 +59,7 @@ def test_a_pattern_recipe_prunes_to_its_pattern(name, pattern, tmp_path):
     arguments = training_arguments(load_config(name), tmp_path)
     assert str(arguments.pattern) == pattern
     plan = arguments.phase_plan(100)
-    assert (plan.admm_steps, plan.freeze_step) == (50, 90)
+    assert (plan.admm_steps, plan.freeze_step) == (60, 90)
 
 
 @pytest.mark.parametrize("name", TASKS)
@@ -83,12 +83,12 @@ def test_baselines_differ_in_the_method_alone(name, tmp_path):
     ("name", "admm_steps", "freeze_step", "has_penalty", "has_decay"),
     [
         ("one_shot", 0, 0, None, False),
-        ("asp", 50, 50, False, False),
+        ("asp", 60, 60, False, False),
         ("sr_ste", 0, 100, None, True),
-        ("admm_fixed", 50, 50, True, False),
-        ("admm_sr_ste", 50, 90, True, True),
+        ("admm_fixed", 60, 60, True, False),
+        ("admm_sr_ste", 60, 90, True, True),
         ("admm_dual", 60, 90, True, True),
-        ("dense_sr_ste", 50, 90, False, True),
+        ("dense_sr_ste", 60, 90, False, True),
     ],
 )
 def test_baselines_are_what_they_are_called(name, admm_steps, freeze_step, has_penalty, has_decay, tmp_path):

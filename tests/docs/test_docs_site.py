@@ -43,7 +43,7 @@ def test_results_errors_and_links(site):
     assert "Returns: AuditReport – The targets that the record names" in page
     assert "Raises: ValueError – If there are no safetensors" in page
     source = (site / "reference" / "patterns.html").read_text(encoding="utf-8")
-    assert re.search(r'href="#hf_admm.sparsity.targets.TargetSelection"', source), "mentions are links"
+    assert re.search(r'href="#hf_admm.sparsity.verdicts.TargetSelection"', source), "mentions are links"
 
 
 def test_nothing_of_the_docstrings_form_is_left(site):
