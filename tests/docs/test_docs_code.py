@@ -23,7 +23,9 @@ DOCUMENTS = {page: document for page in pages() if list((document := SYBIL.parse
 
 
 def test_blocks_are_found():
-    assert {"docs/index.md", "docs/getting_started.md", "docs/reference/audit.md"} <= set(DOCUMENTS)
+    assert {"docs/index.md", "docs/callbacks.md", "docs/getting_started.md", "docs/reference/audit.md"} <= set(
+        DOCUMENTS
+    )
 
 
 @pytest.mark.parametrize("page", DOCUMENTS)
