@@ -14,6 +14,7 @@ from tokenizers import Tokenizer, models, pre_tokenizers, processors
 from transformers import BertConfig, BertForSequenceClassification, BertModel, PreTrainedTokenizerFast
 
 import hf_admm
+import hf_admm.callbacks
 
 
 ROOT = Path(__file__).parent.parent.parent
@@ -59,6 +60,13 @@ def image_encoder(folder: Path) -> None:
     transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
+FROM_TRANSFORMERS = (
+    "Seq2SeqTrainer",
+    "Seq2SeqTrainingArguments",
+    "Trainer",
+    "TrainerCallback",
+    "TrainingArguments",
+)
 # What a page may pass to `from_pretrained`: `transformers` prefers a folder of that name to the hub.
 PRETRAINED = {
     "sentence-transformers/all-MiniLM-L6-v2": text_encoder,
@@ -123,8 +131,9 @@ def common_names(page: str) -> dict:
     return {
         "__name__": "docs",
         **{name: getattr(hf_admm, name) for name in hf_admm.__all__},
-        **{name: getattr(transformers, name) for name in ("Trainer", "TrainingArguments", "TrainerCallback")},
-        # In the README TRL's pair stands for any other, and is not among the packages of the tests.
+        **{name: getattr(transformers, name) for name in FROM_TRANSFORMERS},
+        **{name: getattr(hf_admm.callbacks, name) for name in hf_admm.callbacks.__all__},
+        # TRL's pair stands for any other in a docstring, and is not among the packages of the tests.
         "SFTTrainer": transformers.Trainer,
         "SFTConfig": transformers.TrainingArguments,
         "dataclass": dataclasses.dataclass,
@@ -133,5 +142,7 @@ def common_names(page: str) -> dict:
         "args": trainer.args,
         "train": trainer.train_dataset,
         "dev": trainer.eval_dataset,
+        "train_dataset": trainer.train_dataset,
+        "eval_dataset": trainer.eval_dataset,
         "trainer": trainer,
     }
