@@ -3,13 +3,13 @@
 from pathlib import Path
 
 from transformers import TrainerCallback
-from transformers.utils import logging
 
+from hf_admm.console import get_logger
 from hf_admm.pruning.state import ADMMState
 from hf_admm.visualization.drawing import check_installed
 
 
-logger = logging.get_logger(__name__)
+logger = get_logger(__name__)
 
 
 class ReportCallback(TrainerCallback):
