@@ -30,6 +30,8 @@ from hf_admm.finetuning.tasks import TextTask
 from hf_admm.reporting.model_card import CARD_NAME, CardFacts, add_to_card
 from hf_admm.trainer import ADMMTrainer
 from hf_admm.visualization.drawing import check_installed
+from hf_admm.visualization.notes import NOTES_NAME
+from hf_admm.visualization.places import PAGE_NAME, REPORT_FOLDER
 from hf_admm.visualization.report import note_run, write_report
 
 
@@ -113,7 +115,8 @@ class FineTuning:
         tokenized, tokenizer = self._tokenized()
         if args.should_save:
             # An interrupted run must not leave the results of an earlier one beside its own model.
-            Path(args.output_dir, RESULTS_NAME).unlink(missing_ok=True)
+            for name in (RESULTS_NAME, NOTES_NAME, os.path.join(REPORT_FOLDER, PAGE_NAME)):
+                Path(args.output_dir, name).unlink(missing_ok=True)
         runs = {"sparse" if args.is_sparse else "dense": self._train(args, tokenized, tokenizer, reported)}
         self._record(args, runs)
         if dense_baseline and args.is_sparse:
@@ -127,7 +130,7 @@ class FineTuning:
 
     def _report(self, args: ADMMTrainingArguments) -> None:
         try:
-            write_report(args.output_dir)
+            print(f"hf_admm: report in {write_report(args.output_dir)}")
         except Exception as error:  # hours of training are over, and their results are written
             logger.warning(
                 f"The report could not be written ({type(error).__name__}: {error}). The results and the model are as "

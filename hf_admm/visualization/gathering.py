@@ -98,9 +98,10 @@ def gather(run_dir: Path, model_dir: Path | None = None, start: str | None = Non
     stored = sum(file.stat().st_size for part in weight_folders(folder) for file in weight_files(part))
     add_weights(found, weight_figures(lambda: _tensors(folder), report, stored, dense))
     trained = run_dir / DENSE_FOLDER / MODEL_FOLDER
+    # One that the results do not speak of is left from an earlier run.
+    beside = trained.is_dir() and (not found.results or bool(found.results.get("dense")))
     with with_reason(found, "activations"):
-        other = str(trained) if trained.is_dir() else found.start
-        against = "fine-tuned" if trained.is_dir() else "before training"
+        other, against = (str(trained), "fine-tuned") if beside else (found.start, "before training")
         add_maps(
             found, notes, lambda: load_model(folder), lambda model: load_model(local_folder(other), model), against
         )

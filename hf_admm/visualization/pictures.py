@@ -45,7 +45,7 @@ def heat_map_cells(weights: WeightFigures, values: dict[str, float]) -> tuple[li
         values, NaN where there is none.
     """
     labels = row_labels(audit.name for audit in weights.report.sparse)
-    places = {name: place(name) for name in values}
+    places = {layer.audit.name: place(layer.audit.name) for layer in weights.layers if layer.audit.size}
     places = {name: where for name, where in places.items() if (where.stack, where.kind) in labels}
     columns = sorted(
         {where.depth for where in places.values()}, key=lambda depth: math.inf if depth is None else depth
@@ -53,7 +53,7 @@ def heat_map_cells(weights: WeightFigures, values: dict[str, float]) -> tuple[li
     cells = np.full((len(labels), len(columns)), np.nan)
     rows = {key: row for row, key in enumerate(labels)}
     for name, where in places.items():
-        cells[rows[where.stack, where.kind], columns.index(where.depth)] = values[name]
+        cells[rows[where.stack, where.kind], columns.index(where.depth)] = values.get(name, np.nan)
     return list(labels.values()), columns, cells
 
 
@@ -205,7 +205,8 @@ def _share(figures: dict, key: str) -> float:
 
 
 def _shortened(label: str) -> str:
-    return label if len(label) <= _LONGEST_LABEL else f"...{label[3 - _LONGEST_LABEL :]}"
+    """A label without its middle: the stack that it begins with tells as much as the end."""
+    return label if len(label) <= _LONGEST_LABEL else f"{label[:7]}...{label[10 - _LONGEST_LABEL :]}"
 
 
 def mask_summary(masks: Counter, pattern: str) -> str:

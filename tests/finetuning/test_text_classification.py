@@ -46,7 +46,7 @@ def test_glue_writes_results_and_model(glue, capsys, read_results):
     assert "sparse 2:4" in table and f"{results['sparse']['accuracy']:.4f}" in table and "50.00%" in table
 
 
-def test_glue_writes_a_report_that_compares_both_models(glue, model_dir, read_results, monkeypatch):
+def test_glue_writes_a_report_that_compares_both_models(glue, model_dir, read_results, monkeypatch, capsys):
     monkeypatch.setattr(report, "render", lambda draw, theme: bytes(24))  # the figures are tested elsewhere
     monkeypatch.setattr(drawing, "is_installed", lambda: True)
     monkeypatch.setattr(text_classification, "check_installed", lambda: None)
@@ -60,6 +60,7 @@ def test_glue_writes_a_report_that_compares_both_models(glue, model_dir, read_re
     }
     notes = read_notes(folder)
     assert (notes.start, notes.switch, len(notes.rows)) == (model_dir, 4, 8)
+    assert f"hf_admm: report in {folder / 'report' / 'index.html'}" in capsys.readouterr().out
     assert not (folder / "dense" / "report").exists() and "that was trained dense with equal steps" in page
 
 

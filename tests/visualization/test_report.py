@@ -154,6 +154,9 @@ def test_the_start_may_be_named_and_must_be_there(run_dir, start_dir, undrawn):
 def test_a_dense_model_trained_beside_it_is_compared_with(run_dir, start_dir, undrawn):
     shutil.copytree(start_dir, run_dir / "dense" / "model")
     assert "dense is the model that was trained dense with equal steps" in Page(write_report(run_dir)).words
+    results = {"metric": "accuracy", "sparse": {"accuracy": 0.75}, "dense": None, "pattern": "2:4"}
+    (run_dir / "results.json").write_text(json.dumps(results))  # of a later run, without one
+    assert "dense is the model before training" in Page(write_report(run_dir)).words
 
 
 def test_text_is_escaped_and_nothing_is_loaded(run_dir, undrawn):
