@@ -4,7 +4,7 @@ from pathlib import Path
 
 from transformers import TrainerCallback
 
-from hf_admm.console import get_logger
+from hf_admm.console import get_logger, say
 from hf_admm.pruning.state import ADMMState
 from hf_admm.visualization.drawing import check_installed
 
@@ -61,7 +61,7 @@ class ReportCallback(TrainerCallback):
         loader = train_dataloader if eval_dataloader is None else eval_dataloader
         try:
             self.page = report_training(Path(args.output_dir), model, state, self.sparsity, switch, loader)
-            print(f"hf_admm: report in {self.page}")
+            say(f"hf_admm: report in {self.page}", args)
         except Exception as error:
             logger.warning(
                 f"The report of the run could not be written ({type(error).__name__}: {error}). The run and its model "

@@ -130,7 +130,7 @@ class FineTuning:
 
     def _report(self, args: ADMMTrainingArguments) -> None:
         try:
-            print(f"hf_admm: report in {write_report(args.output_dir)}")
+            say(f"hf_admm: report in {write_report(args.output_dir)}", args)
         except Exception as error:  # hours of training are over, and their results are written
             logger.warning(
                 f"The report could not be written ({type(error).__name__}: {error}). The results and the model are as "

@@ -5,6 +5,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
+from hf_admm.reporting.tables import size_text
 from hf_admm.visualization import curves, pictures
 from hf_admm.visualization.activations import NEAR
 from hf_admm.visualization.gathering import RunFigures, finite
@@ -79,14 +80,6 @@ def _metrics(found: RunFigures) -> list[tuple[str, str, str]]:
     steps, values = found.logs.series(name)
     kind = "sparse" if found.pattern else "last evaluation"
     return [(kind, f"{values[-1]:.4f}", f"{name.removeprefix('eval_')} at step {steps[-1]}")]
-
-
-def size_text(size: int) -> str:
-    """`"41.9 MB"`, in units of 1000."""
-    value, units = float(size), ["B", "kB", "MB", "GB"]
-    while value >= 999.95 and len(units) > 1:
-        value, units = value / 1000, units[1:]
-    return f"{value:.0f} B" if units[0] == "B" else f"{value:.1f} {units[0]}"
 
 
 def sections(found: RunFigures) -> dict[str, list[Picture]]:
