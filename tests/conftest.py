@@ -29,6 +29,14 @@ settings.register_profile("thorough", deadline=None, max_examples=3000, print_bl
 settings.load_profile("quick")
 
 
+@pytest.fixture(autouse=True)
+def verbosity():
+    """Some commands speak less for the rest of their process; the next test is to hear everything."""
+    before = logging.get_verbosity()
+    yield
+    logging.set_verbosity(before)
+
+
 @pytest.fixture(scope="session")
 def tiny_bert():
     """
