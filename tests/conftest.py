@@ -32,9 +32,7 @@ settings.load_profile("quick")
 @pytest.fixture(autouse=True)
 def verbosity():
     """Some commands speak less for the rest of their process; the next test is to hear everything."""
-    before = logging.get_verbosity()
-    yield
-    logging.set_verbosity(before)
+    logging.set_verbosity_warning()
 
 
 @pytest.fixture(scope="session")
