@@ -63,8 +63,8 @@ _ALL = (
     Method(
         "dense",
         "dense",
-        "no pruning, with the schedule and the rates of ours in both its segments, equal optimizer steps, the best of the "
-        "learning rates that were run",
+        "no pruning, with the schedule and the rates of ours in both its segments, equal optimizer steps, the best of "
+        "the learning rates that were run",
         kind="dense",
         rates=_THREE,
         stage=0,
