@@ -5,7 +5,8 @@ from pathlib import Path
 from transformers import TrainerCallback
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
-from hf_admm.audit import DEFAULT_PATTERN, AuditReport, audit_weights
+from hf_admm.audit import DEFAULT_PATTERN, audit_weights
+from hf_admm.audit_report import AuditReport
 from hf_admm.checkpoints.files import INDEX_NAME, WEIGHTS_NAME, read_some
 from hf_admm.checkpoints.saved_names import saved_names
 from hf_admm.pruning.weights import PrunedWeights

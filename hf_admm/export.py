@@ -23,7 +23,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from hf_admm.audit import AuditReport, audit_checkpoint
+from hf_admm.audit import audit_checkpoint
+from hf_admm.audit_report import AuditReport
 from hf_admm.checkpoints.files import SparsityRecord, sync
 from hf_admm.checkpoints.onnx_files import ONNX_SUFFIX, RECORD_KEY, OnnxModel, import_onnx, with_subgraphs
 from hf_admm.checkpoints.records import record_text

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from hf_admm.audit import EMPTY_RECORD, AuditReport, WeightAudit
+from hf_admm.audit_report import EMPTY_RECORD, AuditReport, WeightAudit
 from hf_admm.checkpoints.files import read_names, read_some
 from hf_admm.checkpoints.folders import Checkpoint, weight_folders
 from hf_admm.sparsity.naming import matches

@@ -9,7 +9,8 @@ from torch import nn
 from transformers import Trainer
 
 from hf_admm.arguments import ADMMArgumentsMixin, with_flags
-from hf_admm.audit import AuditReport, audit_weights
+from hf_admm.audit import audit_weights
+from hf_admm.audit_report import AuditReport
 from hf_admm.callbacks import MetricsCallback, PhaseCallback, PhaseProgressCallback, ReportCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin

@@ -25,8 +25,9 @@ from benchmarks.study.training import build, learning_rates, phase_1_figures
 from hf_admm import ADMMTrainingArguments
 from hf_admm.arguments import ADMMArgumentsMixin
 from hf_admm.audit import audit_checkpoint
+from hf_admm.finetuning.evaluation import evaluate_saved
 from hf_admm.finetuning.tasks import TextTask
-from hf_admm.finetuning.text_classification import FineTuning, evaluate_saved
+from hf_admm.finetuning.text_classification import FineTuning
 
 
 # What a dense run takes from the flags of sparse training is its learning rates alone; they are compared step by step.

@@ -13,18 +13,17 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
     DataCollatorWithPadding,
-    EvalPrediction,
     HfArgumentParser,
     PreTrainedModel,
     PreTrainedTokenizerBase,
     PrinterCallback,
-    Trainer,
     TrainingArguments,
     set_seed,
 )
 
 from hf_admm.arguments import ADMMTrainingArguments
 from hf_admm.console import get_logger, say
+from hf_admm.finetuning.evaluation import evaluate_saved
 from hf_admm.finetuning.results import DENSE_FOLDER, MODEL_FOLDER, RESULTS_NAME, Run, summarize_runs, write_json
 from hf_admm.finetuning.tasks import TextTask
 from hf_admm.reporting.model_card import CARD_NAME, CardFacts, add_to_card
@@ -280,46 +279,6 @@ class FineTuning:
     def _record(self, args: ADMMTrainingArguments, runs: dict[str, Run]) -> None:
         if args.should_save:
             write_json(self._results(args, runs), Path(args.output_dir) / RESULTS_NAME)
-
-
-def evaluate_saved(
-    model_dir: str, args: TrainingArguments, task: TextTask, tokenizer: PreTrainedTokenizerBase
-) -> dict[str, float]:
-    """
-    Evaluates what `from_pretrained` loads from a folder, with a plain `Trainer`.
-
-    Args:
-        model_dir (`str`):
-            The folder of the model.
-        args ([`~transformers.TrainingArguments`]):
-            Those of the training, for the batch size and the device.
-        task ([`TextTask`]):
-            The task with its datasets tokenized.
-        tokenizer (`PreTrainedTokenizerBase`):
-            Pads the batches.
-
-    Returns:
-        `dict[str, float]`: The loss and the metrics of each evaluation.
-    """
-    kept = ("per_device_eval_batch_size", "use_cpu", "bf16_full_eval", "fp16_full_eval", "dataloader_num_workers")
-    plain = TrainingArguments(
-        output_dir=args.output_dir,
-        report_to="none",
-        disable_tqdm=args.disable_tqdm,
-        **{name: getattr(args, name) for name in kept},
-    )
-    evaluator = Trainer(
-        model=AutoModelForSequenceClassification.from_pretrained(model_dir),
-        args=plain,
-        data_collator=DataCollatorWithPadding(tokenizer),
-    )
-    metrics = {}
-    for name, dataset in task.evaluations.items():
-        output = evaluator.predict(dataset, metric_key_prefix="eval")
-        scores = task.compute_metrics(EvalPrediction(predictions=output.predictions, label_ids=output.label_ids))
-        for key, value in {**scores, "loss": output.metrics["eval_loss"]}.items():
-            metrics[task.prefix(name) + key] = float(value)
-    return metrics
 
 
 def _cannot_load(what: str, name: str, error: Exception) -> str:

@@ -9,7 +9,7 @@ from hf_admm.reporting.tables import format_facts, number_text
 
 
 if TYPE_CHECKING:
-    from hf_admm.audit import AuditReport
+    from hf_admm.audit_report import AuditReport
 
 _MOST_METRICS = 6
 _NO_METRICS = ("_runtime", "_per_second", "_preparation_time")

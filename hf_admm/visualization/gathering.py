@@ -15,7 +15,8 @@ from torch import nn
 from transformers.trainer_utils import get_last_checkpoint
 from transformers.utils import logging
 
-from hf_admm.audit import AuditReport, audit_checkpoint
+from hf_admm.audit import audit_checkpoint
+from hf_admm.audit_report import AuditReport
 from hf_admm.checkpoints.files import UNREADABLE, weight_files
 from hf_admm.checkpoints.folders import Checkpoint, weight_folders
 from hf_admm.visualization.activations import MapComparison, compare_maps

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from hf_admm.audit import AuditReport, WeightAudit
+from hf_admm.audit_report import AuditReport, WeightAudit
 from hf_admm.checkpoints.files import read_names, read_some
 from hf_admm.checkpoints.folders import weight_folders
 from hf_admm.sparsity.patterns import BlockPattern, DensityPattern, SparsityPattern, parse_pattern
