@@ -169,12 +169,10 @@ def page(result: dict) -> str:
     return "\n".join(parts) + "\n"
 
 
-def _region(found: dict) -> str:
-    return f"{_percent(found['all_near_zero'])} / {_percent(found['by_chance'])}"
-
-
 def _percent(value: float | None) -> str:
-    return "-" if value is None else f"{100 * value:.3g} %"
+    if value is None:
+        return "-"
+    return "< 0.001 %" if 0 < value < 1e-5 else f"{100 * value:.3g} %"
 
 
 def encode_rows(args: argparse.Namespace, folder: Path) -> list[dict]:
