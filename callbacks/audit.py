@@ -7,7 +7,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from hf_admm.audit import DEFAULT_PATTERN, audit_weights
 from hf_admm.audit_report import AuditReport
-from hf_admm.checkpoints.files import INDEX_NAME, WEIGHTS_NAME, read_some
+from hf_admm.checkpoints.files import has_weights, read_some
 from hf_admm.checkpoints.saved_names import saved_names
 from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.patterns import SparsityPattern, parse_pattern
@@ -66,7 +66,7 @@ class PatternAuditCallback(TrainerCallback):
     def on_save(self, args, state, control, **kwargs):
         self._audit_model(f"the model is saved at step {state.global_step}")
         folder = Path(args.output_dir) / f"{PREFIX_CHECKPOINT_DIR}-{state.global_step}"
-        if args.should_save and any((folder / name).is_file() for name in (WEIGHTS_NAME, INDEX_NAME)):
+        if args.should_save and has_weights(folder):
             self._audit_files(folder)
 
     def on_train_end(self, args, state, control, **kwargs):

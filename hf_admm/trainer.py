@@ -13,6 +13,7 @@ from hf_admm.audit import audit_weights
 from hf_admm.audit_report import AuditReport
 from hf_admm.callbacks import MetricsCallback, PhaseCallback, PhaseProgressCallback, ReportCallback
 from hf_admm.checkpoints.saving import SparseCheckpointsMixin
+from hf_admm.checkpoints.state_dict_types import FULL, SHARDED, state_dict_type
 from hf_admm.checkpoints.teacher_files import TeacherCheckpointsMixin
 from hf_admm.console import get_logger
 from hf_admm.mask_audit import audit_masks
@@ -109,10 +110,10 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
         if self.is_deepspeed_enabled or (plugin and plugin.fsdp_version == 1):
             raise ValueError(unsupported_backend("DeepSpeed" if self.is_deepspeed_enabled else "FSDP1"))
-        if plugin and "FULL_STATE_DICT" not in str(plugin.state_dict_type):
+        if plugin and state_dict_type(self.accelerator) not in (FULL, SHARDED):
             raise ValueError(
-                f"FSDP with state_dict_type={plugin.state_dict_type} saves checkpoints without a model.safetensors. "
-                "Set it to FULL_STATE_DICT, so that every checkpoint of a sparse run loads anywhere."
+                f"FSDP with state_dict_type={plugin.state_dict_type} is not supported. Set it to {FULL}, so that "
+                f"every checkpoint of a sparse run loads anywhere, or to {SHARDED}, which writes in parallel."
             )
 
     def _announce(self) -> None:

@@ -19,10 +19,10 @@ from transformers.trainer_utils import get_last_checkpoint
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, audit_checkpoint
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME
 from hf_admm.checkpoints.staging import STAGING_NAME
+from launch import die_at
 
 
 STEPS, SWITCH = 24, 12
-_FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
 
 
 class Tell(TrainerCallback):
@@ -55,20 +55,6 @@ def train(folder: Path, pipe: int) -> None:
     weights = {name: weight.detach() for name, weight in model.named_parameters()}
     torch.save({"weights": weights, "log": trainer.state.log_history}, folder / "final.tmp")
     os.replace(folder / "final.tmp", folder / "final.pt")
-
-
-def die_at(operation: int, folder: Path) -> None:
-    """Lets this process kill itself right before a file operation in a folder, counted from now on."""
-    seen = 0
-
-    def hook(event, arguments):
-        nonlocal seen
-        if event in _FILE_EVENTS and str(arguments[0]).startswith(str(folder)):
-            seen += 1
-            if seen >= operation:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    sys.addaudithook(hook)
 
 
 def live(folder: Path, operation: int | None = None, seconds: float | None = None) -> tuple[bool, int]:

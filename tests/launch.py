@@ -1,6 +1,7 @@
 """Starts a worker script in one process, or by torchrun in several, on CPU."""
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,6 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 
+
+_FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
 
 needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
 
@@ -31,3 +34,17 @@ def leave() -> None:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)
+
+
+def die_at(operation: int, folder: Path) -> None:
+    """Lets this process kill itself right before a file operation in a folder, counted from now on."""
+    seen = 0
+
+    def hook(event, arguments):
+        nonlocal seen
+        if event in _FILE_EVENTS and str(arguments[0]).startswith(str(folder)):
+            seen += 1
+            if seen >= operation:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(hook)

@@ -9,7 +9,7 @@ from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
 from transformers import BertConfig, BertForSequenceClassification
 
-from fsdp_worker import SETTINGS, Model, whole
+from fsdp_worker import SETTINGS, Model, assert_same_state, whole
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from hf_admm.checkpoints.sidecar import load_sidecar, save_sidecar
 from hf_admm.mask_audit import audit_masks
@@ -73,6 +73,8 @@ def by_shards(folder: Path, fault: bool) -> dict:
             model(torch.ones(2, 16))
         if step == 3:
             save_sidecar(state, folder, write=rank == 0)
+            (folder / "shards").mkdir(exist_ok=True)
+            save_sidecar(state, folder / "shards", sharded=True)
     state.finish()
     assert state.weights.obey()
     found = {"fsdp": whole(model.named_parameters()), "fsdp zeros": zeros}
@@ -82,6 +84,9 @@ def by_shards(folder: Path, fault: bool) -> dict:
     _, again, _ = build()
     load_sidecar(again, folder, SETTINGS)
     assert again.weights.kept == state.weights.kept
+    _, from_shards, _ = build()
+    load_sidecar(from_shards, folder / "shards", SETTINGS)
+    assert_same_state(again, from_shards)
     return {**found, "restored": whole(again.weights.parameters.items()), "restored zeros": zeros}
 
 

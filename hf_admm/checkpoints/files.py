@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from safetensors import SafetensorError, safe_open
 
+from hf_admm.checkpoints.distributed_files import has_sharded_model, read_sharded, sharded_files, sharded_names
 from hf_admm.sparsity.patterns import OWN, parse_pattern
 
 
@@ -114,13 +115,24 @@ def _damaged(source: str | Path, error: Exception) -> ValueError:
     )
 
 
+def has_weights(folder: Path) -> bool:
+    """Whether a folder holds the weights of a model, in one of the forms that are read."""
+    return (folder / WEIGHTS_NAME).is_file() or (folder / INDEX_NAME).is_file() or has_sharded_model(folder)
+
+
+def _is_sharded(path: Path) -> bool:
+    """Whether the weights of a checkpoint are in the shards of FSDP alone."""
+    return has_sharded_model(path) and not ((path / WEIGHTS_NAME).is_file() or (path / INDEX_NAME).is_file())
+
+
 def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     """
     Reads the tensors of a checkpoint, one in memory at a time.
 
     Args:
         path (`Path`):
-            A folder with `model.safetensors` or with an index and its shards, or one `.safetensors` file.
+            A folder with `model.safetensors`, with an index and its shards, or with the shards of FSDP, or one
+            `.safetensors` file.
 
     Yields:
         `tuple[str, torch.Tensor]`: State dict key and tensor.
@@ -128,6 +140,9 @@ def read_tensors(path: Path) -> Iterator[tuple[str, torch.Tensor]]:
     Raises:
         `ValueError`: If there are no safetensors, or a file is damaged or missing.
     """
+    if _is_sharded(path):
+        yield from read_sharded(path)
+        return
     for file, names in weight_files(path).items():
         with _open(file) as tensors:
             for name in names if names is not None else tensors.keys():
@@ -149,6 +164,8 @@ def read_names(path: Path) -> set[str]:
     Raises:
         `ValueError`: If there are no safetensors, or a file is damaged or missing.
     """
+    if _is_sharded(path):
+        return set(sharded_names(path))
     found: set[str] = set()
     for file, names in weight_files(path).items():
         with _open(file) as tensors:
@@ -172,6 +189,9 @@ def read_some(path: Path, keys: Iterable[str]) -> Iterator[tuple[str, torch.Tens
     Raises:
         `ValueError`: If there are no safetensors, or a file is damaged or missing.
     """
+    if _is_sharded(path):
+        yield from read_sharded(path, keys)
+        return
     files = weight_files(path)
     places = {name: file for file, names in files.items() for name in names or ()}
     for key in keys:
@@ -190,14 +210,15 @@ def _open(file: Path):
 
 def weight_files(path: Path) -> dict[Path, list[str] | None]:
     """
-    The safetensors files of a checkpoint.
+    The files of a checkpoint's weights.
 
     Args:
         path (`Path`):
             Its folder, or one file.
 
     Returns:
-        `dict[Path, list[str]]`: For each file the tensors to read from it, `None` for all.
+        `dict[Path, list[str]]`: For each file the tensors to read from it, `None` for all of them. Shards of FSDP are
+            not read by file: none.
 
     Raises:
         `ValueError`: If there are none, or the index is damaged or names files that are not there.
@@ -214,6 +235,8 @@ def weight_files(path: Path) -> dict[Path, list[str] | None]:
         return {path / WEIGHTS_NAME: None}
     if (path / INDEX_NAME).is_file():
         return _shards(path / INDEX_NAME)
+    if has_sharded_model(path):
+        return {file: [] for file in sharded_files(path)}
     found = [file.name for file in path.iterdir() if file.suffix in (".safetensors", ".bin", ".pt", ".pth", ".onnx")]
     found += [file.relative_to(path).as_posix() for file in path.glob(f"*/{WEIGHTS_NAME}")]
     raise ValueError(

@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 
 from hf_admm.checkpoints.files import (
-    INDEX_NAME,
     UNREADABLE,
-    WEIGHTS_NAME,
     SparsityRecord,
+    has_weights,
     read_record,
     read_tensors,
 )
@@ -120,7 +119,7 @@ def weight_folders(path: Path) -> list[Path]:
     """
     if not path.is_dir():
         return [path]
-    inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and _has_weights(folder))
+    inside = sorted(folder for folder in path.iterdir() if folder.is_dir() and has_weights(folder))
     listed = path / MODULES_NAME
     if listed.is_file():
         try:
@@ -128,10 +127,6 @@ def weight_folders(path: Path) -> list[Path]:
         except UNREADABLE as error:
             raise ValueError(f"{listed} is damaged ({type(error).__name__}: {error}). Save it again.") from error
         inside = [folder for folder in inside if folder.name in modules]
-    elif _has_weights(path) or any(folder.name.startswith("checkpoint-") for folder in inside):
+    elif has_weights(path) or any(folder.name.startswith("checkpoint-") for folder in inside):
         inside = []
-    return [path, *inside] if _has_weights(path) or not inside else inside
-
-
-def _has_weights(folder: Path) -> bool:
-    return (folder / WEIGHTS_NAME).is_file() or (folder / INDEX_NAME).is_file()
+    return [path, *inside] if has_weights(path) or not inside else inside

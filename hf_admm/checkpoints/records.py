@@ -8,6 +8,7 @@ from pathlib import Path
 from torch import nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from hf_admm.checkpoints.distributed_files import FSDP_MODEL_NAME, has_sharded_model
 from hf_admm.checkpoints.files import INDEX_NAME, RECORD_NAME, RECORD_VERSION, WEIGHTS_NAME
 from hf_admm.checkpoints.saved_names import saved_names
 from hf_admm.checkpoints.staging import STAGING_NAME
@@ -31,14 +32,19 @@ def find_weights(folder: Path) -> dict[Path, tuple]:
             The folder; it need not exist.
 
     Returns:
-        `dict[Path, tuple]`: For each `model.safetensors`, or index of shards, what tells whether it is written anew.
+        `dict[Path, tuple]`: For each `model.safetensors`, index of shards, or folder of the shards of FSDP, what tells
+            whether it is written anew.
     """
     found = {}
     for place, folders, files in os.walk(folder):
         folders[:] = [name for name in folders if name != STAGING_NAME and not name.startswith(PREFIX_CHECKPOINT_DIR)]
-        for name in {WEIGHTS_NAME, INDEX_NAME}.intersection(files):
-            status = (Path(place) / name).stat()
-            found[Path(place) / name] = (status.st_mtime_ns, status.st_ino, status.st_size)
+        written = {Path(place) / name for name in {WEIGHTS_NAME, INDEX_NAME}.intersection(files)}
+        if has_sharded_model(Path(place)):
+            folders.remove(FSDP_MODEL_NAME)
+            written.add(Path(place) / FSDP_MODEL_NAME)
+        for path in written:
+            status = path.stat()
+            found[path] = (status.st_mtime_ns, status.st_ino, status.st_size)
     return found
 
 

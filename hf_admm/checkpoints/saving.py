@@ -3,7 +3,7 @@
 import os
 import re
 import shutil
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 from transformers.trainer import TRAINER_STATE_NAME
@@ -14,6 +14,7 @@ from hf_admm.checkpoints.records import find_weights, save_records
 from hf_admm.checkpoints.saved_names import load_renamed
 from hf_admm.checkpoints.sidecar import check_sidecar, has_sidecar, load_sidecar, save_sidecar
 from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, publish_rest, rotate
+from hf_admm.checkpoints.state_dict_types import as_saved, saves_shards, whole
 from hf_admm.console import get_logger
 from hf_admm.pruning.phases import Finished
 from hf_admm.training.signatures import GivenArguments, surround
@@ -152,8 +153,11 @@ class SparseCheckpointsMixin:
         named = re.fullmatch(rf"{PREFIX_CHECKPOINT_DIR}-\d+", folder.name) and not self.args.save_only_model
         with self._paying():
             due = len(self._owed)
-            with self._saving_files(folder):
-                yield
+            if self._whole_checkpoint and self._in_shards:
+                yield  # nothing is saved: the shards of the model come with those of the optimizer
+            else:
+                with whole(self.accelerator) if self._in_shards else nullcontext(), self._saving_files(folder):
+                    yield
             # An overridden method may have handed on another folder, which has its sidecar then.
             if (self._whole_checkpoint or named) and len(self._owed) == due:
                 self._owed.add(folder)
@@ -184,9 +188,10 @@ class SparseCheckpointsMixin:
     def _saving_optimizer(self, *args, **kwargs):
         with self._paying():
             # Under FSDP, Trainer saves the model once more here, and loads the best model from that file.
-            with self.sparsity.sparse_weights():
+            folder = self._saved_folder(args, kwargs)
+            with self._saving_files(folder) if self._in_shards else self.sparsity.sparse_weights():
                 yield
-            self._owed.add(self._saved_folder(args, kwargs))
+            self._owed.add(folder)
 
     @contextmanager
     def _paying(self):
@@ -198,11 +203,20 @@ class SparseCheckpointsMixin:
         try:
             yield
             if self.sparsity.phase.prunes and self._owed:
+                write, sharded = self.args.should_save, self._in_shards
                 with self.sparsity.sparse_weights():  # what an optimizer that swaps weights trains with is aside then
                     for folder in sorted(self._owed):
-                        save_sidecar(self.sparsity, folder, write=self.args.should_save)
+                        save_sidecar(self.sparsity, folder, write, sharded)
         finally:
             self._owed = None
+
+    @property
+    def _in_shards(self) -> bool:
+        """Whether checkpoints are written in shards. A dense run is plain Trainer, whatever it does."""
+        return self.args.is_sparse and saves_shards(self.accelerator)
+
+    def _as_saved(self, checkpoint):
+        return as_saved(self.accelerator, checkpoint) if self.args.is_sparse and checkpoint else nullcontext()
 
     def _saved_folder(self, args: tuple, kwargs: dict) -> Path:
         folder = kwargs.get("output_dir", args[0] if args else None)
@@ -218,7 +232,8 @@ class SparseCheckpointsMixin:
             if has_sidecar(checkpoint, self.args.pattern, targets):
                 check_sidecar(checkpoint, self.args.pattern, targets)
         if not self._load_renamed(checkpoint):
-            super()._load_from_checkpoint(*args, **kwargs)
+            with self._as_saved(checkpoint):
+                super()._load_from_checkpoint(*args, **kwargs)
 
     def _load_optimizer_and_scheduler(self, *args, **kwargs) -> None:
         with self._loading_optimizer(*args, **kwargs):
@@ -228,11 +243,12 @@ class SparseCheckpointsMixin:
     def _loading_optimizer(self, *args, **kwargs):
         """Around the last thing that a resume loads."""
         outermost, self._loads = not self._loads, True
+        checkpoint = kwargs.get("checkpoint", args[0] if args else None)
         try:
-            yield
+            with self._as_saved(checkpoint):
+                yield
         finally:
             self._loads = not outermost
-        checkpoint = kwargs.get("checkpoint", args[0] if args else None)
         if outermost and checkpoint is not None and self.args.is_sparse:
             self.last_checkpoint = Path(checkpoint)
             selection = self.select_targets()
@@ -259,7 +275,8 @@ class SparseCheckpointsMixin:
         self.sparsity.swapped.averages()
         before, self._loads_best = self._loads_best, True
         try:
-            yield
+            with self._as_saved(self.state.best_model_checkpoint):
+                yield
         finally:
             self._loads_best = before
         # If its file is gone, Trainer warns and goes on with the last weights: `on_train_end` prunes those.

@@ -10,7 +10,7 @@ from sentence_transformers import (
 )
 
 from hf_admm.arguments import ADMMArgumentsMixin
-from hf_admm.checkpoints.sidecar import SIDECAR_NAME
+from hf_admm.checkpoints.sidecar import SHARDED_SIDECAR_NAME, SIDECAR_NAME
 from hf_admm.trainer import ADMMTrainerMixin
 
 
@@ -21,7 +21,7 @@ class _KeepsSidecars:
     """
 
     def _checkpoint_push_skip_names(self, checkpoint_folder: str) -> set[str]:
-        return super()._checkpoint_push_skip_names(checkpoint_folder) | {SIDECAR_NAME}
+        return super()._checkpoint_push_skip_names(checkpoint_folder) | {SIDECAR_NAME, SHARDED_SIDECAR_NAME}
 
 
 @dataclass

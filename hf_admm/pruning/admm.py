@@ -129,7 +129,8 @@ class ADMM(Phase):
     def whole_companion(self, name, part):
         return gather(part, self.weights.parameters[name])
 
-    def restore(self, name, whole):
-        parameter, part = self.weights.parameters[name], self.local_part(name)
-        room = self.room(part, self.settings.state_dtype)
-        self.companions[name] = room.copy_(scatter(whole.to(part.device), parameter))
+    def part_of_companion(self, name, whole):
+        return scatter(whole.to(self.local_part(name).device), self.weights.parameters[name])
+
+    def restore(self, name, part):
+        self.companions[name] = self.room(self.local_part(name), self.settings.state_dtype).copy_(part)

@@ -60,10 +60,13 @@ class MaskedPhase(Phase):
             return part
         return pack_mask(gather(self.mask(name), parameter))  # packed by process, so the whole is packed anew
 
-    def restore(self, name, whole):
+    def part_of_companion(self, name, whole):
         parameter = self.weights.parameters[name]
+        if not isinstance(parameter, DTensor):
+            return whole
         packed = whole.to(self.local_part(name).device)
-        if isinstance(parameter, DTensor):
-            packed = pack_mask(scatter(unpack_mask(packed, parameter.shape), parameter))
+        return pack_mask(scatter(unpack_mask(packed, parameter.shape), parameter))
+
+    def restore(self, name, part):
         # A copy: what safetensors gives on a CPU is the file itself, mapped, and would change with it.
-        self.companions[name] = packed.clone()
+        self.companions[name] = part.to(self.local_part(name).device, copy=True)

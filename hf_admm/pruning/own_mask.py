@@ -8,7 +8,6 @@ that adds noise) move them all the same. So W is sparse at every moment at which
 from hf_admm.pruning.masked import MaskedPhase
 from hf_admm.pruning.shards import local
 from hf_admm.sparsity.chunks import tensor_work
-from hf_admm.sparsity.masks import unpack_mask
 from hf_admm.sparsity.projections import zero_outside
 
 
@@ -28,7 +27,7 @@ class OwnMask(MaskedPhase):
     def begin(self, step, before):
         """M is where W is not zero."""
         kept = {name: self.renew(name)[0].count_nonzero() for name in self.weights.parameters}
-        self.weights.kept = {name: int(self.weights.total({name: count})) for name, count in kept.items()}
+        self._note_kept(kept)
         self.figures = {"sparsity": 1 - self.weights.share(kept).item()}
         self.updated_at = step
 
@@ -66,6 +65,8 @@ class OwnMask(MaskedPhase):
     end = sparsify
     resume_step = sparsify  # an optimizer was stepped by other hands than Trainer's
 
-    def restore(self, name, whole):
-        super().restore(name, whole)
-        self.weights.kept[name] = int(unpack_mask(whole, self.weights.parameters[name].shape).count_nonzero())
+    def restored(self):
+        self._note_kept({name: self.mask(name).count_nonzero() for name in self.weights.parameters})
+
+    def _note_kept(self, counts) -> None:
+        self.weights.kept = {name: int(self.weights.total({name: count})) for name, count in counts.items()}

@@ -1,7 +1,7 @@
 """What a phase of a run is: the moments of a training step at which it acts, and what it gives to others.
 
 The trainer, the callbacks and the sidecar call these methods without asking which phase it is. A new phase, or a
-variant of one, is a class with this interface, and a line in `pruning.state`, which says what follows on what.
+variant of one, is a class with this interface, and a line in `pruning.succession`, which says what follows on what.
 """
 
 from collections.abc import Mapping
@@ -131,11 +131,18 @@ class Phase:
         self.companions.pop(name, None)
 
     def whole_companion(self, name: str, part: torch.Tensor) -> torch.Tensor:
-        """What the sidecar holds of a companion, gathered from all processes: every one of them must call it."""
+        """A companion gathered from all processes, as one file holds it: every one of them must call it."""
         return part
 
-    def restore(self, name: str, whole: torch.Tensor) -> None:
-        """The inverse of [`Phase.whole_companion`], after W has been restored."""
+    def part_of_companion(self, name: str, whole: torch.Tensor) -> torch.Tensor:
+        """The inverse of [`Phase.whole_companion`]: this process's part, from a tensor on any device."""
+        return whole
+
+    def restore(self, name: str, part: torch.Tensor) -> None:
+        """Takes this process's part of a companion over, from a tensor on any device, after W has been restored."""
+
+    def restored(self) -> None:
+        """All companions are. Every process must call it."""
 
     def check_replicas(self) -> None:
         """Raises `RuntimeError` if the processes do not hold the same."""

@@ -124,7 +124,7 @@ class SRSTE(MaskedPhase):
 
     end = sparsify
 
-    def restore(self, name, whole):
-        super().restore(name, whole)
-        part = self.local_part(name)
-        self.rooms[name] = self.room(part, part.dtype)
+    def restore(self, name, part):
+        super().restore(name, part)
+        weight = self.local_part(name)
+        self.rooms[name] = self.room(weight, weight.dtype)

@@ -80,6 +80,12 @@ def kept_per_group(pattern: SparsityPattern, group_size: int) -> int:
     return pattern.kept_of(group_size) if isinstance(pattern, DensityPattern) else pattern.kept
 
 
+def kept_range(mask: torch.Tensor, pattern: SparsityPattern, transposed: bool = False) -> tuple[int, int] | None:
+    """The least and the most entries that a mask keeps of a group; `None` if it has no groups."""
+    kept = to_groups(mask, pattern, transposed).sum(dim=1)
+    return (int(kept.min()), int(kept.max())) if len(kept) else None
+
+
 def sparsity_mask(tensor: torch.Tensor, pattern: SparsityPattern, transposed: bool = False) -> torch.Tensor:
     """
     The entries that the projection on the pattern keeps: the largest magnitudes of each group, exactly as many as the

@@ -2,7 +2,6 @@
 
 import json
 import math
-import re
 
 import pytest
 import torch
@@ -10,53 +9,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from torch import nn
-from transformers.pytorch_utils import Conv1D
 
 from damage import JSON, damaged
 from hf_admm.checkpoints import sidecar
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
-from hf_admm.pruning.phases import PhaseSettings
-from hf_admm.pruning.schedules import PhasePlan
 from hf_admm.pruning.srste import SRSTE
-from hf_admm.pruning.state import ADMMState
-from hf_admm.sparsity.patterns import parse_pattern
-from hf_admm.sparsity.targets import select_targets
-
-
-PATTERN = parse_pattern("2:4")
-SETTINGS = PhaseSettings(
-    plan=PhasePlan(12, 6, 12),
-    rho=0.1,
-    rho_schedule="constant",
-    update_steps=2,
-    penalty="loss",
-    decay=2e-4,
-    mask_update_steps=1,
-)
-
-
-def model_and_state():
-    torch.manual_seed(0)
-    model = nn.Sequential(nn.Linear(8, 4), Conv1D(4, 8), nn.Linear(4, 4, dtype=torch.bfloat16))
-    state = ADMMState()
-    state.reset(model, PATTERN, select_targets(model, PATTERN))
-    return model, state
-
-
-def snapshot(model, state):
-    tensors = {
-        **dict(model.named_parameters()),
-        **{f"companion {name}": t for name, t in state.phase.companions.items()},
-    }
-    settings = (state.phase.name, state.phase.rho, state.phase.updated_at, state.phase.figures, state.resumed)
-    return settings, {name: tensor.detach().clone() for name, tensor in tensors.items()}
-
-
-def assert_same(one, other):
-    assert one[0] == other[0] and one[1].keys() == other[1].keys()
-    for name, tensor in one[1].items():
-        assert tensor.dtype == other[1][name].dtype and torch.equal(tensor, other[1][name]), name
+from sidecars import SETTINGS, assert_same, load, model_and_state, snapshot
 
 
 @pytest.fixture(scope="module", params=["admm", "srste"])
@@ -75,19 +33,6 @@ def saved(request, tmp_path_factory):
     model, state = model_and_state()
     load_sidecar(state, folder, SETTINGS)
     return folder, (folder / SIDECAR_NAME).read_bytes(), snapshot(model, state)
-
-
-def load(folder):
-    """Loads the sidecar into a new model: what it restores, or `None` if it was refused with all left as it was."""
-    model, state = model_and_state()
-    before = snapshot(model, state)
-    try:
-        load_sidecar(state, folder, SETTINGS)
-    except ValueError as error:
-        assert str(folder) in str(error) and re.search("Resume (with|from)", str(error))
-        assert_same(snapshot(model, state), before)
-        return None
-    return snapshot(model, state)
 
 
 def write(folder, tensors, settings, text=None):

@@ -82,7 +82,7 @@ def test_launch_commands(command):
         launch = launch_command_parser().parse_args(shlex.split(command)[2:])
         assert launch.num_processes == 2 and launch.training_script == "train.py"
         assert launch.multi_gpu or (launch.use_fsdp and launch.fsdp_version == "2")
-        assert not launch.use_fsdp or launch.fsdp_state_dict_type == "FULL_STATE_DICT"
+        assert not launch.use_fsdp or launch.fsdp_state_dict_type in ("FULL_STATE_DICT", "SHARDED_STATE_DICT")
 
 
 @pytest.mark.parametrize("page", TEXTS)

@@ -8,7 +8,7 @@ from safetensors.torch import load_file
 
 from fsdp_worker import PATTERNS, PENALTIES
 from hf_admm import parse_pattern
-from hf_admm.checkpoints.sidecar import SIDECAR_NAME
+from hf_admm.checkpoints.sidecar import SHARDED_SIDECAR_NAME, SIDECAR_NAME
 from hf_admm.pruning.shards import local, straddles
 from launch import launch, needs_gloo
 
@@ -20,8 +20,8 @@ TOLERANCE = {2: 0.0, 3: 5e-6}
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory):
     folder = tmp_path_factory.mktemp("sharded")
-    for processes in (1, *TOLERANCE):
-        launch(processes, "fsdp_worker.py", folder / str(processes))
+    for processes, resumed in ((2, ()), (3, (2,)), (1, (2, 3))):
+        launch(processes, "fsdp_worker.py", folder / str(processes), *resumed)
     return folder
 
 
@@ -47,6 +47,16 @@ def test_shards_train_as_the_whole(processes, penalty, pattern, runs):
     assert len(figures[0]) == 10 and "primal_residual" in figures[0][-5] and "mask_flips" in figures[0][-1]
     for expected, got in zip(*figures, strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
+
+
+@needs_gloo
+@pytest.mark.parametrize("processes", TOLERANCE)
+def test_each_process_writes_its_own_shards(processes, runs):
+    """The worker asserts that nothing is gathered meanwhile, and what other numbers of processes restore from them."""
+    for step in (3, 8):
+        place = runs / str(processes) / "loss-2-4" / "shards" / str(step) / SHARDED_SIDECAR_NAME
+        shards = {f"__{rank}_0.distcp" for rank in range(processes)}
+        assert {file.name for file in place.iterdir()} == shards | {".metadata", "header.json"}
 
 
 @needs_gloo

@@ -1,0 +1,94 @@
+"""Runs of ADMMTrainer for tests/test_fsdp_trainer.py, with the weights sharded by FSDP2 on CPU processes.
+
+accelerate hands FSDP's plugin on where processes have GPUs, and drops it without a word on CPUs: Trainer trains with
+DDP then (`AcceleratorState.__init__`). That one decision is taken for it here; all else is accelerate's and Trainer's.
+"""
+
+import sys
+from pathlib import Path
+
+import accelerate.accelerator
+import torch
+from accelerate.state import AcceleratorState, PartialState
+from accelerate.utils import DistributedType
+from torch.distributed.tensor import DTensor
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+
+from hf_admm import ADMMTrainer, ADMMTrainingArguments
+from launch import leave
+
+
+class WithPlugin(AcceleratorState):
+    def __init__(self, *args, fsdp_plugin=None, **kwargs):
+        super().__init__(*args, fsdp_plugin=fsdp_plugin, **kwargs)
+        if fsdp_plugin is not None and self.distributed_type in (DistributedType.MULTI_CPU, DistributedType.FSDP):
+            self.distributed_type, self.fsdp_plugin = DistributedType.FSDP, fsdp_plugin
+            PartialState._shared_state["distributed_type"] = DistributedType.FSDP  # as it does where there are GPUs
+
+
+accelerate.accelerator.AcceleratorState = WithPlugin
+
+
+class Keep(TrainerCallback):
+    """Keeps the dense weights that a step begins with."""
+
+    def __init__(self, step):
+        self.step, self.weights = step, None
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.weights = whole(model)
+
+
+def whole(model):
+    return {
+        name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
+        for name, weight in model.named_parameters()
+    }
+
+
+def train(folder, kind="SHARDED_STATE_DICT", resume=None, **options):
+    AcceleratorState._reset_state()
+    torch.manual_seed(0)
+    config = BertConfig(
+        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
+        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
+    )  # fmt: skip
+    model = BertForSequenceClassification(config)
+    tokens = torch.randint(1, 64, (64, 8), generator=torch.Generator().manual_seed(0))
+    data = [{"input_ids": row, "labels": (row[0] > 32).long()} for row in tokens]
+    fsdp = {"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": ["BertLayer"]}
+    args = ADMMTrainingArguments(
+        str(folder), max_steps=8, per_device_train_batch_size=8, learning_rate=0.01, admm_steps=4, admm_update_steps=2,
+        admm_rho=2.0, admm_penalty="loss", save_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
+        report_to="none", disable_tqdm=True, use_cpu=True, fsdp=True, fsdp_config=fsdp, **options,
+    )  # fmt: skip
+    keep = Keep(2)
+    trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16], callbacks=[keep])
+    trainer.train(resume_from_checkpoint=resume and str(resume))
+    assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
+    assert trainer.audit.ok
+    results = {"weights": whole(trainer.model), "at_2": keep.weights, "best": trainer.state.best_model_checkpoint}
+    trainer.save_model(str(folder / "model"))
+    if args.process_index == 0:
+        torch.save(results, folder / "results.pt")
+
+
+def main(folder: str) -> None:
+    torch.set_num_threads(1)
+    folder = Path(folder)
+    straight = folder / "straight"
+    if straight.is_dir():  # on another number of processes
+        train(folder / "three", resume=straight / "checkpoint-2")
+        return
+    train(straight)
+    train(folder / "phase1", resume=straight / "checkpoint-2")
+    train(folder / "phase2", resume=straight / "checkpoint-6")
+    train(folder / "to_whole", "FULL_STATE_DICT", resume=straight / "checkpoint-4")
+    train(folder / "from_whole", resume=folder / "to_whole" / "checkpoint-6")
+    train(folder / "best", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])
+    leave()
