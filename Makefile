@@ -1,4 +1,4 @@
-.PHONY: quality style test docs kill fuzz quickstart bench accuracy activation-maps clean
+.PHONY: quality style test oldest docs package kill fuzz quickstart bench accuracy activation-maps clean
 
 PYTHON ?= python
 
@@ -14,9 +14,22 @@ style:
 test:
 	$(PYTHON) -m pytest
 
+# The tests in a new environment with the lowest versions that setup.cfg claims. PYTHON=python3.10 for the lowest Python.
+oldest:
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[test]"
+	.venv-oldest/bin/python -m pytest
+
 # The site, in site/. A broken link or anchor, or a page that mkdocs.yml does not name, is an error.
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+# The source distribution, and from it the wheel, in dist/ (extra `release`).
+package:
+	rm -rf build dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 
 # Ten times the deaths of the tests.
 kill:
@@ -47,5 +60,5 @@ activation-maps:
 
 # setuptools puts what it finds in build/ into the next wheel, files since deleted included.
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .venv-oldest *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hf_admm callbacks configs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +
