@@ -1,5 +1,7 @@
 """What `make package` builds: the source distribution is the repository, the wheel is the package and nothing else."""
 
+import functools
+import os
 import re
 import runpy
 import subprocess
@@ -7,6 +9,7 @@ import sys
 import tarfile
 import zipfile
 from email import message_from_bytes
+from fnmatch import fnmatch
 from pathlib import Path
 
 import pytest
@@ -24,11 +27,19 @@ print(getattr(build_meta, sys.argv[1])(sys.argv[2]))
 README = "See [guide](docs/guide.md#runs), [paper](https://arxiv.org/abs/1), [below](#top). ![A run](docs/a.png)\n"
 
 
+@functools.cache
 def tracked() -> set[str]:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a clone")
-    listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
-    return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+    """What git tracks; where there is no git, as in continuous integration or an sdist, what it would not ignore."""
+    if (ROOT / ".git").exists():
+        listed = subprocess.run(["git", "ls-files", "-z"], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+        return {name for name in listed.split("\0") if name and (ROOT / name).exists()}
+    ignored = [line.rstrip("/") for line in (ROOT / ".gitignore").read_text(encoding="utf-8").split()]
+    names = set()
+    for folder, folders, files in os.walk(ROOT):
+        inside = Path(folder).relative_to(ROOT)
+        folders[:] = [name for name in folders if not any(fnmatch(name, pattern) for pattern in ignored)]
+        names |= {(inside / name).as_posix() for name in files}
+    return {name for name in names if not re.fullmatch(MADE_BY_BUILDING, name)}
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +51,7 @@ def built(tmp_path_factory):
         (tree / name).parent.mkdir(parents=True, exist_ok=True)
         (tree / name).write_bytes((ROOT / name).read_bytes())
     (tree / "hf_admm" / "__pycache__").mkdir()
-    (tree / "hf_admm" / "__pycache__" / "cli.cpython-311.pyc").touch()
+    (tree / "hf_admm" / "__pycache__" / "cli.cpython-311.pyc").touch()  # must not come along
 
     def build(kind, cwd):
         command = [sys.executable, "-c", BUILD, kind, str(folder)]
