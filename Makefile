@@ -1,4 +1,4 @@
-.PHONY: quality style test oldest docs package kill fuzz quickstart bench accuracy activation-maps clean
+.PHONY: quality style test oldest deepspeed docs package kill fuzz quickstart bench accuracy activation-maps clean
 
 PYTHON ?= python
 
@@ -20,6 +20,10 @@ oldest:
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[test]"
 	.venv-oldest/bin/python -m pytest
+
+# The tests under DeepSpeed's ZeRO, on CPU processes (extra `test-deepspeed`).
+deepspeed:
+	DS_ACCELERATOR=cpu $(PYTHON) -m pytest -n 0 tests/test_zero.py
 
 # The site, in site/. A broken link or anchor, or a page that mkdocs.yml does not name, is an error.
 docs:
