@@ -1,4 +1,4 @@
-.PHONY: quality style test docs kill fuzz quickstart bench accuracy activation-maps clean
+.PHONY: quality style test oldest deepspeed docs package kill fuzz quickstart bench accuracy activation-maps clean
 
 PYTHON ?= python
 
@@ -14,9 +14,26 @@ style:
 test:
 	$(PYTHON) -m pytest
 
+# The tests in a new environment with the lowest versions that setup.cfg claims. PYTHON=python3.10 for the lowest Python.
+oldest:
+	rm -rf .venv-oldest
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install -c constraints-oldest.txt -e ".[test]"
+	.venv-oldest/bin/python -m pytest
+
+# The tests under DeepSpeed's ZeRO, on CPU processes (extra `test-deepspeed`).
+deepspeed:
+	DS_ACCELERATOR=cpu $(PYTHON) -m pytest -n 0 tests/test_zero.py
+
 # The site, in site/. A broken link or anchor, or a page that mkdocs.yml does not name, is an error.
 docs:
 	NO_MKDOCS_2_WARNING=1 $(PYTHON) -m mkdocs build --strict
+
+# The source distribution, and from it the wheel, in dist/ (extra `release`).
+package:
+	rm -rf build dist
+	$(PYTHON) -m build
+	$(PYTHON) -m twine check --strict dist/*
 
 # Ten times the deaths of the tests.
 kill:
@@ -47,5 +64,5 @@ activation-maps:
 
 # setuptools puts what it finds in build/ into the next wheel, files since deleted included.
 clean:
-	rm -rf build dist site *.egg-info .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist site .venv-oldest *.egg-info .pytest_cache .ruff_cache .hypothesis
 	find hf_admm callbacks configs tests benchmarks -name __pycache__ -prune -exec rm -rf {} +

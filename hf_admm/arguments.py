@@ -9,6 +9,7 @@ from transformers import TrainingArguments
 from hf_admm.training.argument_classes import finish_dataclass, inherit_fields, passes_by
 from hf_admm.training.derived_flags import DerivedFlags
 from hf_admm.training.distillation_arguments import DISTILL_REALS, DistillationArgumentsMixin
+from hf_admm.training.zero import refuse_stage
 from hf_admm.validation import PLAIN_SCHEDULERS, REALS, unsupported_backend, validate_flags
 
 
@@ -223,7 +224,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
     def _checked(self):
         """What happens before and after the `__post_init__` of the class that this is mixed into."""
         if self.is_sparse and getattr(self, "deepspeed", None):  # before the backend asks for packages and devices
-            raise ValueError(unsupported_backend("DeepSpeed"))
+            refuse_stage(self.deepspeed)
         yield
         if self.is_sparse and (getattr(self, "fsdp_plugin_args", None) or {}).get("fsdp_version") == 1:
             raise ValueError(unsupported_backend("FSDP1"))

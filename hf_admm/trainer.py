@@ -26,6 +26,7 @@ from hf_admm.training.argument_classes import arguments_class, wrong_arguments
 from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
 from hf_admm.training.loss_scaling import LossScalingMixin
 from hf_admm.training.signatures import GivenArguments, show_arguments
+from hf_admm.training.zero import refuse_deepspeed
 from hf_admm.validation import unsupported_backend
 
 
@@ -108,8 +109,10 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
     def _check_backend(self) -> None:
         """`accelerate launch` may set one that the arguments do not show."""
         plugin = self.accelerator.state.fsdp_plugin if self.is_fsdp_enabled else None
-        if self.is_deepspeed_enabled or (plugin and plugin.fsdp_version == 1):
-            raise ValueError(unsupported_backend("DeepSpeed" if self.is_deepspeed_enabled else "FSDP1"))
+        if self.is_deepspeed_enabled:
+            refuse_deepspeed(self.args, self.accelerator.state.deepspeed_plugin.deepspeed_config)
+        if plugin and plugin.fsdp_version == 1:
+            raise ValueError(unsupported_backend("FSDP1"))
         if plugin and state_dict_type(self.accelerator) not in (FULL, SHARDED):
             raise ValueError(
                 f"FSDP with state_dict_type={plugin.state_dict_type} is not supported. Set it to {FULL}, so that "
@@ -178,6 +181,7 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         `admm_lr_scheduler_type` in phase 1, from its peak, since a single decay would leave phase 2 nothing to learn
         with. Each takes its share of the warm-up. A scheduler that was passed is left as it is.
         """
+        self._planned_steps = num_training_steps
         if self.args.is_sparse and self.lr_scheduler is not None:
             warn_of_unused_flags(self.args)
         elif self.args.is_sparse:
@@ -196,7 +200,8 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         if self.args.is_sparse:
             # The gradients of all processes: where those of one are not finite, every one stops.
             norm = float(grad_norm.full_tensor() if isinstance(grad_norm, DTensor) else grad_norm)
-            if not math.isfinite(norm) and self._has_broken_gradients(model):
+            # DeepSpeed has taken the step by now, and keeps no gradients.
+            if not math.isfinite(norm) and (self.is_deepspeed_enabled or self._has_broken_gradients(model)):
                 self._stop_at(norm)
         return grad_norm
 
@@ -222,8 +227,9 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         if scaler is not None and scaler.get_scale() >= 1.0:
             return  # fp16: the step is skipped and the scale halved, until it is clear that it was not the scale
         raise FloatingPointError(
-            f"The norm of the gradients of step {self.state.global_step + 1} is {norm}: training stops before the "
-            f"weights take it in. The last checkpoint is {self.last_checkpoint or 'none, nothing was saved yet'}. "
+            f"The norm of the gradients of step {self.state.global_step + 1} is {norm}: training stops before "
+            f"{'a checkpoint takes' if self.is_deepspeed_enabled else 'the weights take'} it in. The last checkpoint "
+            f"is {self.last_checkpoint or 'none, nothing was saved yet'}. "
             "Resume from there with a lower learning_rate or max_grad_norm, in bf16 or float32 instead of fp16, and "
             "look for examples with extreme values."
         )

@@ -166,7 +166,7 @@ def _validate_distillation(args) -> None:
 def unsupported_backend(name: str) -> str:
     """The message for a backend that sparse training does not support."""
     return (
-        f"Sparse training under {name} is not supported (DeepSpeed in any stage, ZeRO-3 included, and FSDP1 are not): "
+        f"Sparse training under {name} is not supported (of DeepSpeed, only ZeRO of stages 1 and 2 is; FSDP1 is not): "
         "its shards of the weights are out of reach of the pruning step. Train in one process, with DDP or with FSDP2 "
         "(fsdp_config={'version': 2}), or set sparsity_pattern='none'."
     )

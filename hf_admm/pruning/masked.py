@@ -40,7 +40,10 @@ class MaskedPhase(Phase):
         """Moves W outside of M towards zero, by `share / (1 + share)` of its way: a proximal step."""
         for name, part in self.weights.local():
             if share and self.weights.parameters[name].requires_grad:
-                shrink_outside(part, self.mask(name), share)
+                mask = self.mask(name)
+                shrink_outside(part, mask, share)
+                for master, its_mask in self.weights.masters.fragment(self.weights.parameters[name], mask):
+                    shrink_outside(master, its_mask, share)
 
     @tensor_work
     def residual(self) -> float:

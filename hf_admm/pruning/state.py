@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from hf_admm.console import get_logger
+from hf_admm.pruning.masters import Masters
 from hf_admm.pruning.phases import Finished, Phase, PhaseSettings
 from hf_admm.pruning.succession import FOLLOWS, first_phase, phases_of
 from hf_admm.pruning.swapping import SwappedParameters, unwrapped
@@ -137,6 +138,8 @@ class ADMMState:
     def after_clipping(self, settings: PhaseSettings) -> None:
         """Gradients are what the optimizer will see."""
         self._ready = True
+        if self.weights.masters and not self.weights.masters.skipped:
+            self.weights.aside.clear()  # W of before the step, which was taken within the backward pass
         if self._stepped:
             self.restore_dense()
         elif self.phase.prunes:
@@ -145,7 +148,7 @@ class ADMMState:
 
     def after_step(self, settings: PhaseSettings, rates: Mapping[int, float]) -> None:
         """The optimizer has moved the weights, with a learning rate for the `id` of each parameter."""
-        if self.phase.prunes:
+        if self.phase.prunes and not self.weights.masters.skipped:
             self.phase.after_step(settings, rates)
 
     @tensor_work
@@ -210,7 +213,9 @@ class ADMMState:
             `ValueError`: If it holds none of the weights to prune.
         """
         self.swapped = SwappedParameters(optimizer)
+        self.weights.masters = Masters(optimizer)
         held = {id(parameter) for group in optimizer.param_groups for parameter in group["params"]}
+        held |= {id(parameter) for parameter in self.weights.masters.parameters()}
         missing = [name for name, parameter in self.weights.parameters.items() if id(parameter) not in held]
         if isinstance(self.weights.pattern, OwnPattern):
             missing = []  # what nothing trains keeps its zeros too

@@ -10,6 +10,7 @@ from collections.abc import Iterable, Iterator, Mapping
 import torch
 from torch import nn
 
+from hf_admm.pruning.masters import Masters
 from hf_admm.pruning.replicas import check_replicas
 from hf_admm.pruning.shards import DTensor, gather, local, reshard, scatter, straddles, total
 from hf_admm.pruning.updates import pull
@@ -56,6 +57,7 @@ class PrunedWeights:
         self.masks: dict[str, torch.Tensor] = {}
         self.kept: dict[str, int] = {}
         self.frozen_zeros = dict(frozen_zeros or {})
+        self.masters = Masters()
         self.aside: dict[str, torch.Tensor] = {}  # W of those weights whose place in the model is taken
 
     @property

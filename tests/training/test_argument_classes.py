@@ -90,7 +90,7 @@ def test_the_flags_are_checked_once_the_others_are_set(cls, tmp_path):
     with pytest.raises(ValueError, match="admm_penalty='x' is unknown. Allowed: distance"):
         cls(str(tmp_path), use_cpu=True, admm_penalty="x")
     with pytest.raises(ValueError, match="DeepSpeed"):
-        cls(str(tmp_path), use_cpu=True, deepspeed={"zero_optimization": {"stage": 2}})
+        cls(str(tmp_path), use_cpu=True, deepspeed={"zero_optimization": {"stage": 3}})
 
 
 @every_class
