@@ -138,11 +138,22 @@ def _claims(study: Study, pattern: str) -> list[str]:
             said = words.get(found.verdict(), "no interval, so nothing is said, against")
             groups.setdefault(said, []).append(f"{METHODS[name].title} ({_points(found)})")
     lines = [f"- Ours is {said} {', '.join(found)}." for said, found in groups.items()]
-    share = study.share(OURS, pattern)
-    if share and share.low is not None:
-        against = {"above": "above dense", "below": "below dense"}.get(share.verdict(1.0), "not told apart from dense")
-        lines.insert(0, f"- Ours has {_share(share)} of the dense metric: {against}.")
-    return lines or ["- Nothing to compare yet."]
+    ours = [name for name in (OURS, "ours_teacher") if name in study.methods(pattern)]
+    return [*(line for name in ours for line in _beside_dense(study, name, pattern)), *lines] or [
+        "- Nothing to compare yet."
+    ]
+
+
+def _beside_dense(study: Study, name: str, pattern: str) -> list[str]:
+    """Both ways to compare: a share weighs a task by its score, points weigh all tasks alike."""
+    share, less = study.share(name, pattern), study.difference(name, study.reference, pattern)
+    if not share or share.low is None or not less:
+        return []
+    words = {"above": "above dense", "below": "below dense"}
+    said = [words.get(found, "not told apart from dense") for found in (share.verdict(1.0), less.verdict())]
+    return [
+        f"- {METHODS[name].title}: {_share(share)} of the dense metric, {said[0]}; {_points(less)} points, {said[1]}."
+    ]
 
 
 def _convergence(study: Study, pattern: str) -> list[str]:
