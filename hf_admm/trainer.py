@@ -181,7 +181,6 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         `admm_lr_scheduler_type` in phase 1, from its peak, since a single decay would leave phase 2 nothing to learn
         with. Each takes its share of the warm-up. A scheduler that was passed is left as it is.
         """
-        self._planned_steps = num_training_steps
         if self.args.is_sparse and self.lr_scheduler is not None:
             warn_of_unused_flags(self.args)
         elif self.args.is_sparse:

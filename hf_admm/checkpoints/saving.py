@@ -31,7 +31,6 @@ class SparseCheckpointsMixin:
     live in the sidecar. A checkpoint is written beside its place and renamed when it is complete.
     """
 
-    _planned_steps = 0  # of the training that begins
     _staging = False  # Trainer writes a checkpoint beside its place
     _whole_checkpoint = False  # something else writes one, with all that a resume needs
     _loads = _loads_best = False  # within these, however many methods call each other
@@ -257,8 +256,7 @@ class SparseCheckpointsMixin:
                 return
             self.sparsity.reset(self.model, self.args.pattern, selection)
             self.sparsity.use_optimizer(self.optimizer)
-            steps = self.state.max_steps or self._planned_steps  # transformers 5.0 sets the former later
-            load_sidecar(self.sparsity, checkpoint, self.args.phase_settings(steps))
+            load_sidecar(self.sparsity, checkpoint, self.args.phase_settings(self.state.max_steps))
 
     def _load_renamed(self, checkpoint: str) -> bool:
         # A dense run is plain Trainer, bit for bit. FSDP loads a file of its own, under the parameters' names.
