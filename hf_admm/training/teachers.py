@@ -176,7 +176,7 @@ def check_outputs(ours: Mapping, theirs: Mapping, what: str, flag: str) -> None:
     if not ours:
         raise ValueError(
             f"The model returns no {what}, which {flag} is to distil. Set {flag}=0, and train without what leaves "
-            "them out (a fused or chunked loss, such as use_liger_kernel or TRL's loss_type='chunked_nll')."
+            "them out (a fused loss such as use_liger_kernel, or one that is computed in chunks)."
         )
     if shapes[0] != shapes[1]:
         raise ValueError(
