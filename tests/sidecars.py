@@ -9,6 +9,7 @@ from transformers.pytorch_utils import Conv1D
 from hf_admm.checkpoints.sidecar import load_sidecar
 from hf_admm.pruning.phases import PhaseSettings
 from hf_admm.pruning.schedules import PhasePlan
+from hf_admm.pruning.srste import SRSTE
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.patterns import parse_pattern
 from hf_admm.sparsity.targets import select_targets
@@ -31,6 +32,19 @@ def model_and_state():
     model = nn.Sequential(nn.Linear(8, 4), Conv1D(4, 8), nn.Linear(4, 4, dtype=torch.bfloat16))
     state = ADMMState()
     state.reset(model, PATTERN, select_targets(model, PATTERN))
+    return model, state
+
+
+def trained(phase):
+    """Both in the middle of a phase, its companions different from what they began with."""
+    model, state = model_and_state()
+    state.begin(SETTINGS)
+    with torch.no_grad():
+        for weight in state.weights.parameters.values():
+            weight.add_(torch.randn_like(weight))
+    state.before_forward(4, SETTINGS)
+    if phase == "srste":
+        state.enter(SRSTE, SETTINGS, 6)
     return model, state
 
 

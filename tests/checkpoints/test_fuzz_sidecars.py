@@ -13,23 +13,14 @@ from safetensors.torch import load_file, save_file
 from damage import JSON, damaged
 from hf_admm.checkpoints import sidecar
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
-from hf_admm.pruning.srste import SRSTE
-from sidecars import SETTINGS, assert_same, load, model_and_state, snapshot
+from sidecars import SETTINGS, assert_same, load, model_and_state, snapshot, trained
 
 
 @pytest.fixture(scope="module", params=["admm", "srste"])
 def saved(request, tmp_path_factory):
     """The folder of a sidecar of either phase, its bytes, and what it restores."""
     folder = tmp_path_factory.mktemp(request.param)
-    model, state = model_and_state()
-    state.begin(SETTINGS)
-    with torch.no_grad():
-        for weight in state.weights.parameters.values():
-            weight.add_(torch.randn_like(weight))
-    state.before_forward(4, SETTINGS)
-    if request.param == "srste":
-        state.enter(SRSTE, SETTINGS, 6)
-    save_sidecar(state, folder)
+    save_sidecar(trained(request.param)[1], folder)
     model, state = model_and_state()
     load_sidecar(state, folder, SETTINGS)
     return folder, (folder / SIDECAR_NAME).read_bytes(), snapshot(model, state)

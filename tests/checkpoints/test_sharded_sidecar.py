@@ -24,24 +24,11 @@ from hf_admm.checkpoints.sidecar import (
     save_sidecar,
 )
 from hf_admm.checkpoints.sidecar_folder import HEADER_NAME
-from hf_admm.pruning.srste import SRSTE
 from hf_admm.sparsity.patterns import parse_pattern
-from sidecars import PATTERN, SETTINGS, assert_same, load, model_and_state, snapshot
+from sidecars import PATTERN, SETTINGS, assert_same, load, model_and_state, snapshot, trained
 
 
 FILES = ("__0_0.distcp", INDEX_OF_SHARDS, HEADER_NAME)
-
-
-def trained(phase):
-    model, state = model_and_state()
-    state.begin(SETTINGS)
-    with torch.no_grad():
-        for weight in state.weights.parameters.values():
-            weight.add_(torch.randn_like(weight))
-    state.before_forward(4, SETTINGS)
-    if phase == "srste":
-        state.enter(SRSTE, SETTINGS, 6)
-    return model, state
 
 
 @pytest.fixture(scope="module", params=["admm", "srste"])
