@@ -199,7 +199,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     folders = {name: Path(folder) for name, folder in given.items()} or train(args)
     batches = encode_rows(args, next(iter(folders.values())))
     about = {
-        "command": "python -m benchmarks.activation_maps",
+        "command": f"python -m benchmarks.activation_maps --task_name {args.task_name}",
         "task": args.task_name,
         "pattern": args.pattern,
         "seed": args.seed,
