@@ -240,6 +240,8 @@ def test_quickstart_trains_dense_and_sparse(model_dir, tmp_path, monkeypatch, ca
     assert cli.main(["quickstart", *flags, "--sparsity_report", "false"]) == 0
     assert not (tmp_path / "runs" / "quickstart" / "report").exists()
     results = read_results(tmp_path / "runs" / "quickstart")
+    log = json.loads((tmp_path / "runs" / "quickstart" / "trainer_state.json").read_text())["log_history"]
+    assert sum("eval_accuracy" in entry for entry in log) > 1, "the report shows the metric over time"
     assert results["violations"] == 0 and results["sparse"]["accuracy"] >= 0 and results["dense"]["accuracy"] >= 0
     assert results["steps"] == 4
     out = capsys.readouterr().out
