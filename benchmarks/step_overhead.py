@@ -3,9 +3,9 @@ Time of an optimizer step beside plain `Trainer`: the same model, data and batch
 
 A round is one step of each contender, in a new order. Two figures of each phase: the median of the rounds' ratios to
 plain `Trainer`, and `step / (step - hooks)` with the seconds that the run spent in our own code, which the noise of a
-shared machine hardly touches. Phase 1 is timed in the part that pulls. The update of its mask, due once in a 24th of
-the phase, is made more often here, and its extra time counted as if spread over the 14 steps that this is in a phase
-of 345 (`trainers.spread`).
+shared machine hardly touches. Phase 1 is timed in the part that pulls. The update of the mask, due in both phases once
+in a 24th of phase 1, is made more often here, and its extra time counted as if spread over the 14 steps that this is
+in a phase of 345 (`trainers.spread`).
 """
 
 import random
@@ -26,6 +26,7 @@ AT_MOST = {"32x32": {"phase 1": 1.03, "phase 2": 1.05}, "32x128": {"phase 1": 1.
 PERIOD = 14  # admm_update_steps where phase 1 has 345 steps, as on MRPC; longer in longer runs
 MEASURED_PERIOD = 8  # the update costs the same whenever it comes, and so a short run has several
 WARMUP = 2
+FIRST = {"phase 2": 1}  # the step that a phase begins with, if it is not 0
 
 
 def measure(case: str, model, steps: int, names=(*PHASES, *PEERS), seed: int = 0, minutes: float = 60):
@@ -76,7 +77,8 @@ def _rotate(turns: dict[str, Turns], steps: int, seed: int, minutes: float) -> d
             break
         shuffle(order)
         for name in order:
-            figures = turns[name].step() | {"due": index > 0 and index % MEASURED_PERIOD == 0}
+            since = index - FIRST.get(name, 0)
+            figures = turns[name].step() | {"due": since > 0 and since % MEASURED_PERIOD == 0}
             if index >= WARMUP:
                 for kind, figure in figures.items():
                     times[name][kind].append(figure)
@@ -91,9 +93,8 @@ def _rows(case: str, times: dict) -> list[dict]:
             continue
         own = times[name]
         wall, cpu, hooks = own["wall"], own["cpu"], own["hooks"]
-        if name == "phase 1":
-            cpu, _ = spread(cpu, hooks, own["due"], PERIOD)
-            wall, hooks = spread(wall, hooks, own["due"], PERIOD)
+        cpu, _ = spread(cpu, hooks, own["due"], PERIOD)
+        wall, hooks = spread(wall, hooks, own["due"], PERIOD)
         in_hooks = [step / (step - hook) for step, hook in zip(wall, hooks, strict=True)]
         target = {"at_most": AT_MOST[case][name]} if case in AT_MOST else {}
         figure = f"step of {name}, batch {case.replace('/', ', accumulation ')}"

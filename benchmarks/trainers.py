@@ -29,10 +29,10 @@ from hf_admm.finetuning.tweets import packaged_file
 
 LABELS = 3
 _LONG = 1_000_000  # steps: a run is ended by hand, long before its schedule
-# Phases of our own, each from its first step on and for ever; phase 1 as it is while it pulls.
+# Phases of our own, for ever; phase 1 as it is while it pulls, phase 2 after a single step of that.
 PHASES = {
     "phase 1": {"admm_steps": _LONG},
-    "phase 2": {"admm_steps": 0, "mask_freeze_steps": 0},
+    "phase 2": {"admm_steps": 1, "mask_freeze_steps": 0},
 }
 PEERS = ("PAT", "SR-STE in autograd", "penalty in autograd")
 

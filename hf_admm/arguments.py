@@ -82,8 +82,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
             of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense
             network. `None` takes 2 after `"distance"`, 1 after the others. An absolute floor (`min_lr`, `lr_end`) is
             not multiplied.
-        mask_update_steps (`int`, *optional*, defaults to `1`):
-            Optimizer steps between two updates of the mask.
+        mask_update_steps (`int`, *optional*):
+            Optimizer steps between two updates of the mask. `None` takes 1, but as many as in phase 1 where pruned
+            weights shrink on, as few come back then; they shrink at the update, for all the steps since the last.
         mask_freeze_steps (`float`, *optional*, defaults to `0.1`):
             The last part of the run, in which the mask is frozen: a share of the run if below 1, else optimizer steps.
 
@@ -181,8 +182,12 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
             "'distance', 1 for the others."
         },
     )
-    mask_update_steps: int = field(
-        default=1, metadata={"help": "Optimizer steps between two updates of the mask in phase 2."}
+    mask_update_steps: int | None = field(
+        default=None,
+        metadata={
+            "help": "Optimizer steps between two updates of the mask in phase 2. By default as many as in phase 1 "
+            "after admm_penalty 'distance', 1 after the others."
+        },
     )
     mask_freeze_steps: float = field(
         default=0.1,

@@ -93,7 +93,7 @@ def validate_flags(args) -> None:
         )
     for name in ("admm_update_steps", "mask_update_steps"):
         value = getattr(args, name)
-        if value is None and name == "admm_update_steps":
+        if value is None:
             continue
         if not (_is(Integral, value) and 1 <= value <= _LONGEST):
             raise ValueError(

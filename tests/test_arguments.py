@@ -31,7 +31,7 @@ DEFAULTS = {
     "srste_lr_multiplier": None,
     "admm_state_dtype": "float32",
     "admm_state_offload": False,
-    "mask_update_steps": 1,
+    "mask_update_steps": None,
     "mask_freeze_steps": 0.1,
     "sparsity_report": False,
     "distill_teacher": None,

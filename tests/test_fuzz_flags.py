@@ -39,7 +39,7 @@ GOOD = {
     "srste_lr_multiplier": st.none() | st.floats(1e-3, 10),
     "admm_state_dtype": st.sampled_from(STATE_DTYPES),
     "admm_state_offload": st.booleans(),
-    "mask_update_steps": st.integers(1, 100),
+    "mask_update_steps": st.none() | st.integers(1, 100),
     "mask_freeze_steps": st.floats(0, 1) | st.integers(0, 40),
     "distill_teacher": st.none() | st.just("self"),
     "distill_logits_weight": st.floats(0, 1),
@@ -94,7 +94,7 @@ def assert_sensible(args, max_steps):
     assert not args.is_sparse or parse_pattern(str(args.pattern)) == args.pattern
     assert math.isfinite(args.rho) and args.rho >= 0 and args.lr_multiplier > 0
     assert args.srste_decay is None or math.isfinite(args.srste_decay) and args.srste_decay >= 0
-    assert 1 <= (args.admm_update_steps or 1) < 2**63 and 1 <= args.mask_update_steps < 2**63
+    assert 1 <= (args.admm_update_steps or 1) < 2**63 and 1 <= (args.mask_update_steps or 1) < 2**63
     numbers = (args.admm_rho, args.srste_decay, args.admm_steps, args.mask_freeze_steps, args.admm_update_steps)
     assert not any(isinstance(number, bool) for number in (*numbers, args.mask_update_steps))
     for names in (args.include, args.exclude):

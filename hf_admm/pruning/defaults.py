@@ -17,6 +17,9 @@ class PenaltyDefaults:
             For `admm_update_steps`. `None`: a 24th of phase 1.
         decay (`float`, *optional*):
             For `srste_decay`. `None`: pruned entries shrink on as at the end of phase 1.
+        mask_update_steps (`int`, *optional*, defaults to 1):
+            For `mask_update_steps`, where `srste_decay` is not given either. `None`: as in phase 1, since the
+            pruned entries shrink on and hardly any comes back.
         lr_scheduler_type (`str`, *optional*):
             For `admm_lr_scheduler_type`, where `lr_scheduler_type` is not given either. `None`: the same in both.
         lr_multiplier (`float`, *optional*, defaults to 1.0):
@@ -26,13 +29,19 @@ class PenaltyDefaults:
     rho: float
     update_steps: int | None = 64
     decay: float | None = 2e-4  # SR-STE's lambda as published
+    mask_update_steps: int | None = 1
     lr_scheduler_type: str | None = None
     lr_multiplier: float = 1.0
 
 
 PENALTIES = {
     "distance": PenaltyDefaults(
-        rho=16.0, update_steps=None, decay=None, lr_scheduler_type="constant_with_warmup", lr_multiplier=2.0
+        rho=16.0,
+        update_steps=None,
+        decay=None,
+        mask_update_steps=None,
+        lr_scheduler_type="constant_with_warmup",
+        lr_multiplier=2.0,
     ),
     "loss": PenaltyDefaults(rho=1e-2),
     "gradient": PenaltyDefaults(rho=3e-3),

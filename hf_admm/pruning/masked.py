@@ -36,14 +36,14 @@ class MaskedPhase(Phase):
         self.renew(name)
 
     @tensor_work
-    def shrink(self, share: float) -> None:
-        """Moves W outside of M towards zero, by `share / (1 + share)` of its way: a proximal step."""
+    def shrink(self, share: float, steps: int = 1) -> None:
+        """Moves W outside of M towards zero: a number of proximal steps, each by `share / (1 + share)` of its way."""
         for name, part in self.weights.local():
             if share and self.weights.parameters[name].requires_grad:
                 mask = self.mask(name)
-                shrink_outside(part, mask, share)
+                shrink_outside(part, mask, share, steps)
                 for master, its_mask in self.weights.masters.fragment(self.weights.parameters[name], mask):
-                    shrink_outside(master, its_mask, share)
+                    shrink_outside(master, its_mask, share, steps)
 
     @tensor_work
     def residual(self) -> float:

@@ -63,22 +63,28 @@ class SRSTE(MaskedPhase):
     def before_forward(self, step, settings):
         plan = settings.plan
         due = step != self.updated_at and (step - plan.admm_steps) % settings.mask_update_steps == 0
-        self.mask_weights(step if due and step <= plan.freeze_step else None)
+        due = due and step <= plan.freeze_step
+        self.mask_weights(step if due else None, shrinks=settings.decay is None)  # as at the end of phase 1
         if (step - plan.admm_steps) % settings.update_steps == 0:  # as often as in phase 1
             self.check_replicas()
 
     @tensor_work
-    def mask_weights(self, refresh_at: int | None = None) -> None:
+    def mask_weights(self, refresh_at: int | None = None, shrinks: bool = False) -> None:
         """
         Puts M * W in the place of W, and W aside. If W is aside already, of a step that was not completed, from that.
 
         Args:
             refresh_at (`int`, *optional*):
                 Optimizer steps done, if M is to follow W before; `None` to leave it.
+            shrinks (`bool`, *optional*, defaults to `False`):
+                Whether the pruned entries shrink on before M follows: by the share of each step since it last did, at
+                once, as nothing has seen them in between.
         """
         weights, flips = self.weights, {}
         weights.put_back()
         weights.reshard()
+        if shrinks and refresh_at is not None:
+            self.shrink(self.rho, refresh_at - self.updated_at)
         for name, part in weights.local():
             if refresh_at is None:
                 mask = self.mask(name)
@@ -100,10 +106,6 @@ class SRSTE(MaskedPhase):
                 self.pull(name, settings.decay)
             self.weights.put_back(name)
         return 0.0
-
-    def after_step(self, settings, rates):
-        if settings.decay is None:  # as at the end of phase 1
-            self.shrink(self.rho)
 
     def pull(self, name, strength):
         """Towards M * W, which the model holds."""

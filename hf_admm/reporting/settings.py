@@ -57,12 +57,20 @@ def _first_phase(settings: PhaseSettings) -> str:
 def _second_phase(args, settings: PhaseSettings) -> str:
     plan = settings.plan
     frozen = max(plan.admm_steps, plan.freeze_step)
-    parts = ["SR-STE"]
-    if frozen > plan.admm_steps and settings.mask_update_steps > 1:
+    parts, moves = ["SR-STE"], frozen > plan.admm_steps
+    as_before = settings.decay is None and settings.mask_update_steps == settings.update_steps
+    if moves and as_before:
+        parts.append("mask and decay as in phase 1")
+    elif moves and settings.mask_update_steps > 1:
         parts.append(f"mask updated every {settings.mask_update_steps} steps")
-    if frozen < plan.max_steps:
-        parts.append("mask frozen" + ("" if frozen == plan.admm_steps else f" in the last {plan.max_steps - frozen}"))
-    parts.append("decay as in phase 1" if settings.decay is None else f"decay {settings.decay:g}")
+    if not moves:
+        parts.append("mask frozen")
+    elif frozen < plan.max_steps:
+        parts.append(f"frozen in the last {plan.max_steps - frozen}")
+    if settings.decay is not None:
+        parts.append(f"decay {settings.decay:g}")
+    elif moves and not as_before:
+        parts.append("decay as in phase 1")
     if args.lr_multiplier != 1:
         parts.append(f"learning rate x {args.lr_multiplier:g}")
     return ", ".join(parts)

@@ -80,6 +80,7 @@ class DerivedFlags:
         if decay is None:
             decay = self.defaults.decay if plan.admm_steps and self.rho else PENALTIES["loss"].decay
         interval = self.admm_update_steps or self.defaults.update_steps or max(1, plan.admm_steps // UPDATES)
+        mask_interval = self.mask_update_steps or (self.defaults.mask_update_steps if decay is None else 1) or interval
         return PhaseSettings(
             plan=plan,
             rho=self.rho,
@@ -87,7 +88,7 @@ class DerivedFlags:
             update_steps=interval,
             penalty=self.penalty,
             decay=decay,
-            mask_update_steps=self.mask_update_steps,
+            mask_update_steps=mask_interval,
             state_dtype=getattr(torch, self.admm_state_dtype),
             offload=self.admm_state_offload,
         )

@@ -16,6 +16,7 @@ FLAGS = {
     "rho": ("admm_rho", None),
     "update_steps": ("admm_update_steps", f"phase 1 / {UPDATES}"),
     "decay": ("srste_decay", "as at the end of phase 1"),
+    "mask_update_steps": ("mask_update_steps", "as in phase 1"),
     "lr_scheduler_type": ("admm_lr_scheduler_type", "`lr_scheduler_type`"),
     "lr_multiplier": ("srste_lr_multiplier", None),
 }

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from hf_admm import parse_pattern, sparsity_mask
+from hf_admm import ADMMTrainingArguments, parse_pattern, sparsity_mask
 from hf_admm.pruning.schedules import PhasePlan
 from hf_admm.pruning.updates import shrink_outside
 from tiny_runs import Recorder, assert_same_weights, prepare, train, weights
@@ -36,6 +36,13 @@ def test_shrinking_is_the_minimiser_of_its_problem():
             moved = weight.to(dtype)
             shrink_outside(moved, mask, share)
             assert torch.equal(moved[mask], weight.to(dtype)[mask])
+    at_once, one_by_one = weight.clone(), weight.clone()
+    shrink_outside(at_once, mask, 0.3, 5)
+    for _ in range(5):
+        shrink_outside(one_by_one, mask, 0.3)
+    torch.testing.assert_close(at_once, one_by_one, rtol=1e-12, atol=0)
+    shrink_outside(at_once, mask, 7.7, 2**62)
+    assert torch.equal(at_once, weight * mask), "without an overflow"
 
 
 @pytest.mark.parametrize("steps", [1, 2, 24, 301])
@@ -90,24 +97,38 @@ def test_phase_1_follows_its_formulas(tiny_bert, token_data, tmp_path):
         torch.testing.assert_close(after.seen[step][name], expected, rtol=1e-6, atol=1e-9)
 
 
-@pytest.mark.parametrize("decay", [None, 0.1])
-def test_phase_2_goes_on_with_the_last_share(decay, tiny_bert, token_data, tmp_path):
-    """From where the optimizer has left W; unless a decay was asked for, which is in the gradient."""
-    moved = Recorder("on_optimizer_step", lambda state, **_: None)
-    after = Recorder("on_step_end", lambda state, model=None, **_: weights(model))
-    trainer = prepare(tiny_bert(), token_data(), tmp_path, callbacks=[after], **{**OURS, "srste_decay": decay})
-    name, phase = "bert.encoder.layer.0.attention.self.query.weight", lambda: trainer.sparsity.phase
-    moved.on_optimizer_step = lambda args, state, control, model=None, **_: moved.seen.append(
-        (model.get_parameter(name).detach().clone(), phase().mask(name))
+@pytest.mark.parametrize(("decay", "interval"), [(None, None), (None, 5), (0.1, None)])
+def test_phase_2_goes_on_with_the_last_share(decay, interval, tiny_bert, token_data, tmp_path):
+    """The share of each step, at the updates of the mask; unless a decay was asked for, which is in the gradient."""
+    name, mask = "bert.encoder.layer.0.attention.self.query.weight", lambda: trainer.sparsity.phase.mask(name)
+    ended = Recorder("on_step_end", lambda state, model=None, **_: (weights(model)[name], mask()))
+    begun = Recorder(
+        "on_step_begin", lambda state, **_: trainer.sparsity.weights.aside.get(name, torch.zeros(0)).clone()
     )
-    trainer.callback_handler.callbacks.insert(1, moved)  # ahead of our own
+    flags = {**OURS, "srste_decay": decay, "mask_update_steps": interval}
+    trainer = prepare(tiny_bert(), token_data(), tmp_path, callbacks=[ended, begun], **flags)
     trainer.train()
-    share = trainer.args.phase_plan(48).shrinkage(16.0, 23) if decay is None else 0.0
+    plan, interval = trainer.args.phase_plan(48), interval or 1  # 1 in phase 1 too, which has 24 steps
+    share = plan.shrinkage(16.0, 23) if decay is None else 0.0
     assert share > 0.5 or decay
     for step in range(24, 48):
-        before, mask = moved.seen[step]
-        expected = torch.where(mask, before, before / (1 + share))
-        torch.testing.assert_close(after.seen[step][name], expected, rtol=1e-6, atol=1e-12)
+        before, mask_before = ended.seen[step - 1]
+        due = step > 24 and (step - 24) % interval == 0 and step <= plan.freeze_step
+        factor = (1 + share) ** -interval if due else 1.0
+        expected = torch.where(mask_before, before, before * factor)
+        torch.testing.assert_close(begun.seen[step], expected, rtol=1e-4, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("flags", "interval"),
+    [
+        ({}, 20), ({"admm_update_steps": 7}, 7), ({"mask_update_steps": 3}, 3), ({"srste_decay": 2e-4}, 1),
+        ({"admm_penalty": "loss"}, 1), ({"admm_rho": 0.0, "admm_penalty": "distance"}, 1), ({"admm_steps": 0}, 1),
+    ],
+)  # fmt: skip
+def test_the_mask_of_phase_2_follows_as_often_as_in_phase_1(flags, interval, tmp_path):
+    args = ADMMTrainingArguments(str(tmp_path), use_cpu=True, **flags)
+    assert args.phase_settings(800).mask_update_steps == interval
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "4:8", "1:4", "4x4:4", "0.5"])

@@ -177,7 +177,7 @@ def test_settings_in_words_and_flags(tiny_bert, token_data, tmp_path):
     args = prepare(tiny_bert(), token_data(), tmp_path, admm_rho=None, sparsity_exclude=["query"]).args
     assert dict(phase_words(args, STEPS)) == {
         "phase 1": "6 steps: penalty distance from step 4, rho 16, mask updated every 2 steps",
-        "phase 2": "6 steps: SR-STE, mask frozen in the last 1, decay as in phase 1, learning rate x 2",
+        "phase 2": "6 steps: SR-STE, mask and decay as in phase 1, frozen in the last 1, learning rate x 2",
     }
     flags = set_flags(args, STEPS)
     assert flags["admm_rho"] == "16" and flags["sparsity_exclude"] == "query" and flags["mask_freeze_steps"] == "1"
@@ -189,7 +189,7 @@ def test_settings_in_words_and_flags(tiny_bert, token_data, tmp_path):
         "phase 2": "6 steps: SR-STE, mask frozen, decay 0.001",
     }
     args.srste_mask, args.distill_teacher = "dynamic", str(tmp_path)
-    assert "mask updated every 3 steps, mask frozen in the last 1" in dict(phase_words(args, STEPS))["phase 2"]
+    assert "mask updated every 3 steps, frozen in the last 1" in dict(phase_words(args, STEPS))["phase 2"]
     assert set_flags(args, STEPS)["distill_teacher"] == tmp_path.name, "where a folder lies is not published"
 
 
