@@ -58,7 +58,8 @@ class Study:
     The lines that can be compared: judged on dev sets, of whole runs.
 
     Of each method, pattern, task and learning rate, the latest settings count; of the rates, the best by the mean over
-    seeds among those with most seeds.
+    seeds among those with most seeds. The precision is what the machine has, and no setting: a run in bf16 and one in
+    float32 are two of a method, and are never paired with each other.
 
     Args:
         lines (`Iterable[dict]`):
@@ -87,14 +88,15 @@ class Study:
         self.seeds = sorted({line["seed"] for line in self.lines})
         self.patterns = [p for p in _in_order(line["pattern"] for line in self.lines) if p != "none"]
 
-    def cell(self, method: str, pattern: str, task: str | None = None) -> dict[tuple[str, int], dict]:
-        """The lines of a method, by task and seed. A dense method has no pattern."""
+    def cell(self, method: str, pattern: str, task: str | None = None) -> dict[tuple[str, int, bool], dict]:
+        """The lines of a method, by task, seed and whether it is bf16. A dense method has no pattern."""
         pattern = "none" if method in DENSE else pattern
         wanted = [line for line in self.lines if (line["method"], line["pattern"]) == (method, pattern)]
-        return {(line["task"], line["seed"]): line for line in wanted if task in (None, line["task"])}
+        wanted = [line for line in wanted if task in (None, line["task"])]
+        return {(line["task"], line["seed"], line["arguments"]["bf16"]): line for line in wanted}
 
-    def values(self, method: str, pattern: str, task: str | None = None) -> dict[tuple[str, int], float]:
-        """The main metrics of a method, by task and seed."""
+    def values(self, method: str, pattern: str, task: str | None = None) -> dict[tuple[str, int, bool], float]:
+        """The main metrics of a method, by what [`Study.cell`] has them by."""
         return {place: line["value"] for place, line in self.cell(method, pattern, task).items()}
 
     def methods(self, pattern: str) -> list[str]:
@@ -112,14 +114,14 @@ class Study:
         return max(found, key=lambda name: mean(found[name][place] for place in common))
 
     def difference(self, method: str, other: str, pattern: str, task: str | None = None) -> Estimate | None:
-        """One method less another, in points, over the pairs of task and seed that both were run on."""
+        """One method less another, in points, over the pairs that [`Study.cell`] has of both."""
         first, second = self.values(method, pattern, task), self.values(other, pattern, task)
         return estimate([100 * (first[place] - second[place]) for place in sorted(first.keys() & second.keys())])
 
     def share(self, method: str, pattern: str, task: str | None = None) -> Estimate | None:
         """
         The metric as a share of the dense model's: the mean over tasks of the mean over seeds, its error from all
-        pairs of task and seed.
+        pairs.
         """
         if self.reference is None:
             return None
@@ -129,7 +131,7 @@ class Study:
         if found is None:
             return None
         by_task = defaultdict(list)
-        for (name, _), share in shares.items():
+        for (name, *_), share in shares.items():
             by_task[name].append(share)
         middle = mean(mean(of_task) for of_task in by_task.values())
         moved = middle - found.mean  # 0 where every task has the same seeds
@@ -141,9 +143,9 @@ class Study:
         gaps = []
         for pattern in self.patterns:
             for method in methods:
-                done = self.values(method, pattern)
                 for task in self.tasks:
-                    seeds = [seed for seed in self.seeds if (task, seed) not in done]
+                    done = {seed for _, seed, _ in self.values(method, pattern, task)}
+                    seeds = [seed for seed in self.seeds if seed not in done]
                     name = method if method in DENSE else f"{method} at {pattern}"
                     if seeds:
                         gaps.append(f"{name}, {task}: seeds {', '.join(map(str, seeds))}")
@@ -156,7 +158,11 @@ def _cell(line: dict) -> tuple:
 
 def _settings(line: dict) -> str:
     kept = ("arguments", "model", "max_seq_length", "label")
-    return repr([sorted(line[name].items()) if name == "arguments" else line[name] for name in kept])
+    return repr([_of_choice(line[name]) if name == "arguments" else line[name] for name in kept])
+
+
+def _of_choice(arguments: dict) -> list[tuple]:
+    return sorted((name, value) for name, value in arguments.items() if name != "bf16")
 
 
 def _merit(lines: list[dict]) -> tuple:

@@ -48,6 +48,15 @@ def test_differences_are_paired_by_task_and_seed(make_line):
     assert Study(lines).difference("ours", "pat", "2:4") is None
 
 
+def test_runs_of_two_precisions_are_both_counted_and_not_paired(make_line):
+    single = {"max_steps": -1, "bf16": False, "learning_rate": 1e-4}
+    lines = [make_line("ours", 0.8), make_line("ours", 0.7, arguments=single), make_line("asp", 0.5)]
+    found = Study(lines).difference("ours", "asp", "2:4")
+    assert found.count == 1 and found.mean == pytest.approx(30)
+    assert sorted(Study(lines).values("ours", "2:4").values()) == [0.7, 0.8]
+    assert Study([*lines, make_line("asp", 0.6, arguments=single)]).difference("ours", "asp", "2:4").count == 2
+
+
 def test_share_is_the_mean_over_tasks(make_line):
     lines = [make_line("dense", value, task, 1) for task, value in (("mrpc", 0.8), ("cola", 0.4))]
     lines += [make_line("dense", 0.8, "mrpc", 2)]
@@ -68,7 +77,7 @@ def test_the_best_rate_counts_among_those_with_most_seeds(make_line):
     lines += [make_line("dense", value, seed=seed, rate=0.5) for seed, value in ((1, 0.81), (2, 0.83))]
     lines += [make_line("dense", 0.99, seed=1, rate=2.0)]
     study = Study(lines)
-    assert study.values("dense", "2:4") == {("mrpc", 1): 0.81, ("mrpc", 2): 0.83}
+    assert study.values("dense", "2:4") == {("mrpc", 1, True): 0.81, ("mrpc", 2, True): 0.83}
     assert study.rates["dense", "none", "mrpc"] == [0.5, 1.0, 2.0]
 
 
@@ -85,13 +94,13 @@ def test_lines_of_earlier_settings_quick_and_tuning_runs_do_not_count(make_line)
     lines += [make_line("ours", 0.3, judged_on="held-out training rows")]
     lines += [make_line("ours", 0.4, arguments=old | {"max_steps": 20})]
     study = Study(lines)
-    assert study.values("ours", "2:4") == {("mrpc", 1): 0.8}
+    assert study.values("ours", "2:4") == {("mrpc", 1, True): 0.8}
     assert study.unused == {"quick or tuning runs": 3, "runs with earlier settings": 2}
 
 
 def test_undefined_metrics_are_left_out_and_kept_in_mind(make_line):
     study = Study([make_line("ours", None), make_line("ours", 0.5, seed=2)])
-    assert study.values("ours", "2:4") == {("mrpc", 2): 0.5}
+    assert study.values("ours", "2:4") == {("mrpc", 2, True): 0.5}
     assert [line["seed"] for line in study.undefined] == [1]
 
 
