@@ -1,9 +1,12 @@
 """Every architecture of the table, from the selection of its weights to a resume: see docs/architectures.md."""
 
 import math
+import re
+from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from torch import nn
 
 from architecture_table import PAGE, collapse, page, reasons, shorten
@@ -13,6 +16,9 @@ from hf_admm.sparsity.patterns import parse_pattern
 from hf_admm.sparsity.targets import select_targets
 
 
+CONSTRAINTS = (Path(__file__).parent.parent / "constraints.txt").read_text(encoding="utf-8")
+PINNED = re.search(r"^transformers==(\S+)", CONSTRAINTS, re.M)[1]
+RENAMED = ("ViT",)  # whose layers have other names in earlier versions of transformers
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 
 
@@ -43,6 +49,8 @@ def runs(tmp_path_factory):
 
 @each_architecture
 def test_what_is_pruned_and_what_is_not(architecture):
+    if architecture.name in RENAMED and transformers.__version__ != PINNED:
+        pytest.skip(f"its layers are named as in transformers {PINNED}")
     model = architecture.tiny()
     selection = select_targets(model, parse_pattern("2:4"))
     assert shorten(selection.targets) == architecture.pruned
@@ -104,6 +112,7 @@ def test_a_resume_ends_with_the_same_bits(step, architecture, runs, tmp_path):
     assert differ == []
 
 
+@pytest.mark.skipif(transformers.__version__ != PINNED, reason=f"of the names in transformers {PINNED}")
 def test_the_table_of_the_docs_is_what_the_code_gives():
     written = PAGE.read_text(encoding="utf-8") if PAGE.is_file() else ""
     assert written == page(), (

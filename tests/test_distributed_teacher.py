@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from launch import launch, needs_gloo
+from launch import launch, needs_gloo, trains_shards
 from teacher_worker import build
 
 
 @needs_gloo
-@pytest.mark.parametrize("kind", ["trainer", "sharded"])
+@pytest.mark.parametrize("kind", ["trainer", pytest.param("sharded", marks=trains_shards)])
 def test_two_processes_are_taught_as_one(kind, tmp_path):
     """By DDP in Trainer, and by FSDP2, which on a CPU is not to be had through Trainer. Batches of uneven length."""
     build(1).save_pretrained(tmp_path / "teacher")

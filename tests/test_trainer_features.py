@@ -120,7 +120,9 @@ def mean_over_items(outputs, labels, num_items_in_batch=None):
 
 def token_classifier(tiny_bert, token_data):
     """Its rows have 1 to 8 labels each, so a mean of means is not the mean over a step."""
-    config = BertConfig(**{**tiny_bert(**NO_DROPOUT["tiny_bert"]).config.to_dict(), "num_labels": 3})
+    settings = tiny_bert(**NO_DROPOUT["tiny_bert"]).config.to_dict()
+    names = ("id2label", "label2id")  # of two labels
+    config = BertConfig(**{key: value for key, value in settings.items() if key not in names}, num_labels=3)
     data = token_data(labels=None)
     for i, row in enumerate(data):
         row["labels"] = row["labels"] % 3
@@ -139,14 +141,22 @@ def test_another_loss_counts_once_and_so_does_the_penalty(loss, tiny_bert, token
         flags["parts"] = {"compute_loss_func": mean_over_items}
     else:
         flags["label_smoothing_factor"] = 0.3
-    runs, logs = [], []
-    for batch, accumulation in ((8, 1), (2, 4)):
-        runs.append(every_step())
-        trainer = train(
-            copy.deepcopy(model), data, tmp_path, callbacks=[runs[-1]], per_device_train_batch_size=batch,
-            gradient_accumulation_steps=accumulation, **flags,
-        )  # fmt: skip
-        logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+
+    def both(**pattern):
+        runs, logs = [], []
+        for batch, accumulation in ((8, 1), (2, 4)):
+            runs.append(every_step())
+            trainer = train(
+                copy.deepcopy(model), data, tmp_path, callbacks=[runs[-1]], per_device_train_batch_size=batch,
+                gradient_accumulation_steps=accumulation, **flags, **pattern,
+            )  # fmt: skip
+            logs.append([log["loss"] for log in trainer.state.log_history if "loss" in log])
+        return runs, logs
+
+    _, logs = both(sparsity_pattern="none")
+    if logs[0] != pytest.approx(logs[1], rel=1e-3):
+        pytest.skip("plain Trainer counts this loss as often as it accumulates, as earlier versions do")
+    runs, logs = both()
     assert_same_runs(*runs, rtol=1e-4, atol=2e-6)
     assert logs[0] == pytest.approx(logs[1], rel=1e-3) and all(0.3 < value < 1.5 for value in logs[0])
 

@@ -57,7 +57,9 @@ def image_encoder(folder: Path) -> None:
     sizes = {name: TINY[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads")}
     config = transformers.ViTConfig(**sizes, intermediate_size=32, image_size=16, patch_size=8)
     transformers.ViTModel(config).save_pretrained(folder)
-    transformers.ViTImageProcessorPil(size={"height": 16, "width": 16}).save_pretrained(folder)
+    # With Pillow alone, which had the plain name before torchvision took it.
+    processor = getattr(transformers, "ViTImageProcessorPil", None) or transformers.ViTImageProcessor
+    processor(size={"height": 16, "width": 16}).save_pretrained(folder)
 
 
 FROM_TRANSFORMERS = (

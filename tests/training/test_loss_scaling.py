@@ -164,6 +164,8 @@ def test_an_overridden_step_gets_the_count_too(tiny_bert, token_data, tmp_path):
 
 @pytest.mark.parametrize("scaled", [True, False])
 def test_what_the_user_says_of_the_scale_stands(scaled, tiny_bert, token_data, tmp_path):
+    if not hasattr(Trainer, "loss_is_scaled_for_ga") and not scaled:
+        pytest.skip("this version of Trainer knows no such word")
     logs = []
     for pattern in ("none", "2:4"):
         trainer = prepare(

@@ -5,6 +5,7 @@ import types
 
 import pytest
 import torch
+from packaging.version import Version
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -125,7 +126,9 @@ def test_models_and_backends_that_can_not_be_distilled(tiny_bert, token_data, tm
     trainer = prepare(tiny_bert(), token_data(), tmp_path, distill_teacher="self")
     trainer.is_deepspeed_enabled = True
     trainer.accelerator.state.parallelism_config = types.SimpleNamespace(cp_enabled=True)
-    with pytest.raises(ValueError, match="DeepSpeed is not supported; tensor, context and sequence parallelism"):
+    divides = hasattr(type(trainer.accelerator), "parallelism_config")  # this version of accelerate
+    named = "; tensor, context and sequence parallelism" if divides else ""
+    with pytest.raises(ValueError, match=f"DeepSpeed is not supported{named}"):
         trainer._check_distillation()
     trainer.accelerator.state.parallelism_config = None
 
@@ -244,6 +247,8 @@ def test_other_heads_by_hand(kind, tmp_path):
 @pytest.mark.parametrize("flags", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"bf16": True},
                                    {"gradient_checkpointing": True}, {"sparsity_pattern": "none"}])  # fmt: skip
 def test_wrapped_models_learn_the_same(flags, tiny_bert, token_data, tmp_path):
+    if "torch_compile" in flags and Version(torch.__version__) < Version("2.7"):
+        pytest.skip("torch 2.6 compiles away what transformers takes hidden states from")
     teacher, runs = save(tiny_bert(seed=1), tmp_path / "teacher"), []
     plain = {key: value for key, value in flags.items() if key == "sparsity_pattern"}
     for extra in (plain, flags):
