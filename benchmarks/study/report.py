@@ -1,16 +1,20 @@
 """Writes what a study found: docs/results.md with its plots, and a short table for the README."""
 
+from collections import Counter
 from collections.abc import Sequence
+from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.study.figures import DENSE, Estimate, Study, estimate
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plots import draw
+from hf_admm.arguments import ADMMArgumentsMixin
 
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 README_ROWS = 8
 OURS = "ours"
+_GIVEN = ("sparsity_pattern", "distill_teacher")  # by the place in the study, and by what it trains before
 EMPTY = "No results yet: `python -m benchmarks.accuracy`.\n"
 
 
@@ -114,7 +118,20 @@ def _about(study: Study) -> list[str]:
     ]
     if sources > 1:
         lines += ["", f"**The runs were made with {sources} states of the library's code.**"]
+    if earlier := _earlier_defaults(study):
+        lines += ["", f"Not the defaults of today: {', '.join(earlier)}."]
     return lines
+
+
+def _earlier_defaults(study: Study) -> list[str]:
+    """Flags that runs had, though neither their method sets them nor the defaults of today."""
+    now = {item.name: item.default for item in fields(ADMMArgumentsMixin) if item.name not in _GIVEN}
+    counts: Counter[str] = Counter()
+    for line in study.lines:
+        method = METHODS[line["method"]]
+        of_method = {} if method.dense else {k: v for k, v in line["arguments"].items() if k in now}
+        counts.update(f"`{k}={v}`" for k, v in of_method.items() if v != now[k] and k not in method.flags)
+    return [f"{flag} in {count} runs" for flag, count in sorted(counts.items())]
 
 
 def _table(study: Study, pattern: str) -> list[str]:
@@ -138,6 +155,10 @@ def _claims(study: Study, pattern: str) -> list[str]:
             said = words.get(found.verdict(), "no interval, so nothing is said, against")
             groups.setdefault(said, []).append(f"{METHODS[name].title} ({_points(found)})")
     lines = [f"- Ours is {said} {', '.join(found)}." for said, found in groups.items()]
+    by_task = {task: study.difference(OURS, "rho0", pattern, task) for task in study.tasks}
+    if len(by_task := {task: found for task, found in by_task.items() if found}) > 1:
+        shown = "; ".join(f"{task} {_points(found)}" for task, found in by_task.items())
+        lines.append(f"- What ADMM adds, ours less {METHODS['rho0'].title}: {shown}.")
     ours = [name for name in (OURS, "ours_teacher") if name in study.methods(pattern)]
     return [*(line for name in ours for line in _beside_dense(study, name, pattern)), *lines] or [
         "- Nothing to compare yet."

@@ -42,9 +42,17 @@ def test_claims_follow_the_intervals(lines):
     text = report.page(lines)
     assert "- Ours is better than ASP (+2.20 [+2.11, +2.29])." in text
     assert "- Ours is not told apart from rho 0, SR-STE (+0.27 [" in text
+    assert "- What ADMM adds, ours less rho 0, SR-STE: cola +0.27 [" in text and "; mrpc +0.27 [" in text
     assert "worse than" not in text
     part = text[text.index("## 1:4") :]
     assert "Nothing to compare yet." in part[: part.index("##", 5)]
+
+
+def test_defaults_that_have_changed_are_told(make_line):
+    old = {"max_steps": -1, "bf16": True, "learning_rate": 1e-4, "mask_update_steps": 1, "admm_steps": 0.6}
+    text = report.page([make_line("ours", 0.8, arguments=old), make_line("dense", 0.8, arguments=old)])
+    assert "Not the defaults of today: `mask_update_steps=1` in 1 runs." in text
+    assert "Not the defaults" not in report.page([make_line("ours", 0.8)])
 
 
 def test_a_single_pair_makes_no_claim(make_line):
