@@ -1,6 +1,8 @@
 """Strategies for files that something happened to, or that somebody wrote by hand."""
 
+import torch
 from hypothesis import strategies as st
+from safetensors.torch import save
 
 
 JSON = st.recursive(
@@ -8,6 +10,18 @@ JSON = st.recursive(
     lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=6), inner, max_size=3),
     max_leaves=6,
 )
+
+
+def stored(dtypes):
+    """Those of some dtypes that this version of safetensors has a name for."""
+    found = []
+    for dtype in dtypes:
+        try:
+            save({"tensor": torch.zeros(1, dtype=dtype)})
+        except KeyError:
+            continue
+        found.append(dtype)
+    return st.sampled_from(found)
 
 
 @st.composite

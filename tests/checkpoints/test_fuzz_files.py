@@ -12,7 +12,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from damage import JSON, damaged
+from damage import JSON, damaged, stored
 from hf_admm import cli
 from hf_admm.audit import audit_checkpoint
 from hf_admm.checkpoints.files import INDEX_NAME, RECORD_NAME, WEIGHTS_NAME
@@ -86,7 +86,7 @@ def test_damaged_weights(checkpoint, data):
         assert_right(report, load_file(folder / WEIGHTS_NAME))
 
 
-DTYPES = st.sampled_from(
+DTYPES = stored(
     [torch.float8_e4m3fn, torch.float8_e5m2, torch.float16, torch.float64]
     + [torch.bool, torch.uint8, torch.int64, torch.uint16, torch.complex64]
 )

@@ -81,6 +81,8 @@ def test_loading_is_exact_in_mixed_precision(tmp_path):
     model.save_pretrained(tmp_path)
     other = VIT.tiny(seed=1).bfloat16()
     other.classifier.float()
+    if RENAMED in dict(other.named_parameters()):
+        pytest.skip("this version of transformers names it as its files do")
     assert load_renamed(other, tmp_path)
     assert_same(model, other)
     assert {name: p.dtype for name, p in model.named_parameters()} == {n: p.dtype for n, p in other.named_parameters()}
