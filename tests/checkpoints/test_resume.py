@@ -36,6 +36,7 @@ VARIANTS = {
     "ramp": {"admm_rho_schedule": "linear"},
     "fixed": {"srste_mask": "fixed"},
     "lazy masks": {"mask_update_steps": 4},
+    "distance, lazy masks": {"admm_rho": None, "mask_update_steps": 4},
     "accumulated": {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     "blocks": {"sparsity_pattern": "4x4:8"},
 }
