@@ -12,11 +12,12 @@ import torch
 
 _FILE_EVENTS = ("open", "os.rename", "os.mkdir", "os.rmdir", "os.remove", "os.scandir")
 
-# torch 2.6 gathers shards on GPUs alone.
+has_gloo = torch.distributed.is_gloo_available()
+needs_gloo = pytest.mark.skipif(not has_gloo, reason="needs torch with gloo")
+# torch 2.6 gathers the shards of a module on GPUs alone.
 trains_shards = pytest.mark.skipif(
-    not hasattr(torch.cpu.Stream, "record_event"), reason="FSDP2 on CPUs needs torch 2.7"
+    not (has_gloo and hasattr(torch.cpu.Stream, "record_event")), reason="needs torch that trains shards on CPUs"
 )
-needs_gloo = pytest.mark.skipif(not torch.distributed.is_gloo_available(), reason="needs torch with gloo")
 
 
 def launch(processes: int, worker: str, *arguments: object, fails=False, timeout: int = 300, stdout=False) -> str:

@@ -13,10 +13,10 @@ from hf_admm import audit_checkpoint
 from hf_admm.checkpoints.distributed_files import FSDP_MODEL_NAME, load_shards, read_index
 from hf_admm.checkpoints.sidecar import SHARDED_SIDECAR_NAME, SIDECAR_NAME
 from hf_admm.cli import main as cli
-from launch import launch, needs_gloo, trains_shards
+from launch import launch, trains_shards
 
 
-pytestmark = [needs_gloo, trains_shards]
+pytestmark = trains_shards
 STEPS = (2, 4, 6, 8)
 
 

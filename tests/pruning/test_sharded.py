@@ -10,7 +10,7 @@ from fsdp_worker import PATTERNS, PENALTIES
 from hf_admm import parse_pattern
 from hf_admm.checkpoints.sidecar import SHARDED_SIDECAR_NAME, SIDECAR_NAME
 from hf_admm.pruning.shards import local, straddles
-from launch import launch, needs_gloo
+from launch import launch, trains_shards
 
 
 # Two processes average equal gradients to the same bits; three round.
@@ -25,7 +25,7 @@ def runs(tmp_path_factory):
     return folder
 
 
-@needs_gloo
+@trains_shards
 @pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("penalty", PENALTIES)
 @pytest.mark.parametrize("processes", TOLERANCE)
@@ -49,7 +49,7 @@ def test_shards_train_as_the_whole(processes, penalty, pattern, runs):
         assert got == pytest.approx(expected, rel=1e-4)
 
 
-@needs_gloo
+@trains_shards
 @pytest.mark.parametrize("processes", TOLERANCE)
 def test_each_process_writes_its_own_shards(processes, runs):
     """The worker asserts that nothing is gathered meanwhile, and what other numbers of processes restore from them."""
@@ -59,7 +59,7 @@ def test_each_process_writes_its_own_shards(processes, runs):
         assert {file.name for file in place.iterdir()} == shards | {".metadata", "header.json"}
 
 
-@needs_gloo
+@trains_shards
 def test_only_groups_that_straddle_shards_are_gathered(runs):
     """Rows are divided: 24, 40 and 4 of them, as torch.chunk does, so in chunks of 12, 20, 2 or of 8, 14, 2."""
     found = {}
