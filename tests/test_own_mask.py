@@ -15,7 +15,7 @@ from hf_admm.checkpoints.records import record_text
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME, checksum
 from hf_admm.commands import verify
 from hf_admm.commands.export import _record as record_for_export
-from launch import launch, needs_gloo
+from launch import launch, needs_gloo, trains_shards
 from own_masks import OWN, bring_zeros, zeros_of
 from tiny_runs import SETTINGS, Recorder, assert_same_weights, prepare, train, weights
 
@@ -293,7 +293,7 @@ def test_a_dense_model_has_no_zero_to_compare(saved, tiny_bert, tmp_path):
 # ---- Several processes ----
 
 
-@needs_gloo
+@trains_shards
 def test_two_processes_keep_every_zero(tmp_path):
     """DDP through the trainer and FSDP2 by `fully_shard`: the weights of one process."""
     for processes in (1, 2):

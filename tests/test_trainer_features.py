@@ -16,7 +16,7 @@ from transformers import (
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.sparsity.projections import broken_groups, project
-from tiny_runs import NO_DROPOUT, SETTINGS, STEPS, Recorder, prepare, train, weights
+from tiny_runs import NO_DROPOUT, SETTINGS, STEPS, Recorder, compiles, prepare, train, weights
 
 
 def every_step():
@@ -62,8 +62,10 @@ class Seq2SeqArguments(ADMMTrainingArguments, Seq2SeqTrainingArguments):
     ("flags", "tolerance"),
     [
         ({"gradient_checkpointing": True, "gradient_checkpointing_kwargs": {"use_reentrant": False}}, {}),
-        ({"torch_compile": True, "torch_compile_backend": "eager"}, {}),
-        ({"torch_compile": True, "torch_compile_backend": "aot_eager"}, {"rtol": 1e-4, "atol": 1e-6}),
+        pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, {}, marks=compiles),
+        pytest.param(
+            {"torch_compile": True, "torch_compile_backend": "aot_eager"}, {"rtol": 1e-4, "atol": 1e-6}, marks=compiles
+        ),
     ],
     ids=["checkpointing", "compile-eager", "compile-aot"],
 )

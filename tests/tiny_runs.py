@@ -1,6 +1,8 @@
 """Short training runs for the tests of the trainer."""
 
+import pytest
 import torch
+from packaging.version import Version
 from transformers import TrainerCallback
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
@@ -24,6 +26,9 @@ SETTINGS = {
     "disable_tqdm": True,
     "use_cpu": True,
 }
+
+# Under torch 2.6, a compiled BERT of transformers 5.6 fails or gives no hidden states, whoever trains it.
+compiles = pytest.mark.skipif(Version(torch.__version__) < Version("2.7"), reason="needs torch 2.7")
 
 
 def prepare(model, data, folder, trainer_class=ADMMTrainer, callbacks=None, parts=None, **flags):

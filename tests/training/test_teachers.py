@@ -5,7 +5,6 @@ import types
 
 import pytest
 import torch
-from packaging.version import Version
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
@@ -19,7 +18,7 @@ from transformers import (
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.training.distillation import hidden_distance, logits_distance
 from own_losses import Means
-from tiny_runs import NO_DROPOUT, gradients, prepare, train, weights
+from tiny_runs import NO_DROPOUT, compiles, gradients, prepare, train, weights
 
 
 ONE_STEP = {"max_steps": 1, "admm_steps": 1, "admm_rho": 0.0, "mask_freeze_steps": 0, "max_grad_norm": 0.0}
@@ -244,11 +243,13 @@ def test_other_heads_by_hand(kind, tmp_path):
 # ---- Wrappers ----
 
 
-@pytest.mark.parametrize("flags", [{"torch_compile": True, "torch_compile_backend": "eager"}, {"bf16": True},
-                                   {"gradient_checkpointing": True}, {"sparsity_pattern": "none"}])  # fmt: skip
+COMPILED = pytest.param({"torch_compile": True, "torch_compile_backend": "eager"}, marks=compiles)
+
+
+@pytest.mark.parametrize(
+    "flags", [COMPILED, {"bf16": True}, {"gradient_checkpointing": True}, {"sparsity_pattern": "none"}]
+)
 def test_wrapped_models_learn_the_same(flags, tiny_bert, token_data, tmp_path):
-    if "torch_compile" in flags and Version(torch.__version__) < Version("2.7"):
-        pytest.skip("torch 2.6 compiles away what transformers takes hidden states from")
     teacher, runs = save(tiny_bert(seed=1), tmp_path / "teacher"), []
     plain = {key: value for key, value in flags.items() if key == "sparsity_pattern"}
     for extra in (plain, flags):
