@@ -108,9 +108,9 @@ class _Sparse:
         destination[f"{prefix}weight"] = self.dense_weight()
 
     def _apply(self, fn, recurse=True):
-        was = self.weight.dtype
-        becomes = fn(torch.empty(0, dtype=was, device=self.weight.device)).dtype
+        was, sparse = self.weight.dtype, hasattr(self.weight, "BACKEND")
         try:
+            becomes = fn(torch.empty(0, dtype=was, device=self.weight.device)).dtype if sparse else was
             if becomes != was:  # asked here: PyTorch 2.6 ends the process in the midst of it
                 raise NotImplementedError(f"{was} to {becomes}")
             return super()._apply(fn, recurse)

@@ -246,6 +246,10 @@ def test_casting_a_sparse_model_says_what_to_do(gpu, sparse_model):
     accelerate_inference(sparse_model)
     with pytest.raises(ValueError, match="can't be cast or moved to another GPU.*Load the checkpoint again"):
         sparse_model.float()
+    for module in sparse_model.modules():
+        if isinstance(module, inference._Sparse):  # as PyTorch leaves it on a CPU
+            module.weight = nn.Parameter(module.weight.to_dense(), requires_grad=False)
+    assert {parameter.dtype for parameter in sparse_model.float().parameters()} == {torch.float32}
 
 
 def test_what_is_saved_is_the_plain_checkpoint(gpu, sparse_model, tmp_path):
