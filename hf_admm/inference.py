@@ -108,17 +108,17 @@ class _Sparse:
         destination[f"{prefix}weight"] = self.dense_weight()
 
     def _apply(self, fn, recurse=True):
-        was, sparse = self.weight.dtype, hasattr(self.weight, "BACKEND")
+        said = "A sparse weight can't be cast or moved to another GPU, and other weights may have been ({}). Load the "
+        said += "checkpoint again, and accelerate it once it is in its place and dtype."
+        if hasattr(self.weight, "BACKEND"):  # asked before: PyTorch 2.6 ends the process in the midst of a cast
+            was = self.weight.dtype
+            becomes = fn(torch.empty(0, dtype=was, device=self.weight.device)).dtype
+            if becomes != was:
+                raise ValueError(said.format(f"{was} to {becomes}"))
         try:
-            becomes = fn(torch.empty(0, dtype=was, device=self.weight.device)).dtype if sparse else was
-            if becomes != was:  # asked here: PyTorch 2.6 ends the process in the midst of it
-                raise NotImplementedError(f"{was} to {becomes}")
             return super()._apply(fn, recurse)
         except NotImplementedError as error:
-            raise ValueError(
-                f"A sparse weight can't be cast or moved to another GPU, and other weights may have been ({error}). "
-                "Load the checkpoint again, and accelerate it once it is in its place and dtype."
-            ) from error
+            raise ValueError(said.format(error)) from error
 
 
 class SparseLinear(_Sparse, nn.Linear):
