@@ -18,7 +18,7 @@ import torch
 from transformers.utils import logging
 
 from benchmarks.common import parser, ratios, row, show, summary, write_result
-from benchmarks.trainers import PEERS, PHASES, Turns, minilm, spread
+from benchmarks.trainers import FIRST_STEPS, PEERS, PHASES, Turns, minilm, spread
 
 
 CASES = ("32x32", "32x128", "32x32/4")
@@ -26,7 +26,6 @@ AT_MOST = {"32x32": {"phase 1": 1.03, "phase 2": 1.05}, "32x128": {"phase 1": 1.
 PERIOD = 14  # admm_update_steps where phase 1 has 345 steps, as on MRPC; longer in longer runs
 MEASURED_PERIOD = 8  # the update costs the same whenever it comes, and so a short run has several
 WARMUP = 2
-FIRST = {"phase 2": 1}  # the step that a phase begins with, if it is not 0
 
 
 def measure(case: str, model, steps: int, names=(*PHASES, *PEERS), seed: int = 0, minutes: float = 60):
@@ -77,7 +76,7 @@ def _rotate(turns: dict[str, Turns], steps: int, seed: int, minutes: float) -> d
             break
         shuffle(order)
         for name in order:
-            since = index - FIRST.get(name, 0)
+            since = index - FIRST_STEPS.get(name, 0)
             figures = turns[name].step() | {"due": since > 0 and since % MEASURED_PERIOD == 0}
             if index >= WARMUP:
                 for kind, figure in figures.items():

@@ -34,6 +34,7 @@ PHASES = {
     "phase 1": {"admm_steps": _LONG},
     "phase 2": {"admm_steps": 1, "mask_freeze_steps": 0},
 }
+FIRST_STEPS = {"phase 1": 0, "phase 2": PHASES["phase 2"]["admm_steps"]}
 PEERS = ("PAT", "SR-STE in autograd", "penalty in autograd")
 
 

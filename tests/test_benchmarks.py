@@ -5,11 +5,11 @@ import statistics
 
 import pytest
 import torch
-from transformers import BertConfig, BertForSequenceClassification
+from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
 
 from benchmarks import memory, peers, projection, scale, step_overhead, table
 from benchmarks.common import interleave, ratios, row, summary, write_result
-from benchmarks.trainers import PEERS, HookTimer, Tokens, build, pruned_names, spread
+from benchmarks.trainers import FIRST_STEPS, PEERS, PHASES, HookTimer, Tokens, build, pruned_names, spread
 from hf_admm import parse_pattern, sparsity_mask
 
 
@@ -43,6 +43,24 @@ def test_spread_keeps_the_total_of_a_period():
     assert seconds == [12.0] * 8 and hooks == [3.0] * 8
     _, hooks = spread([18.0, 10.0], [9.0, 1.0], [True, False], 64)
     assert hooks == [1.125] * 2
+
+
+@pytest.mark.parametrize("name", PHASES)
+def test_updates_are_due_when_the_benchmark_says_so(name, bert, tmp_path):
+    first, period, updated = FIRST_STEPS[name], step_overhead.MEASURED_PERIOD, []
+
+    class Watch(TrainerCallback):
+        def on_step_begin(self, args, state, control, **kwargs):
+            updated.append(trainer.sparsity.phase.updated_at)
+
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == first + 2 * period + 1
+
+    flags = {"ours": {"admm_update_steps": period}, "per_device_train_batch_size": 2}
+    trainer = build(name, bert, Tokens(8, 64), str(tmp_path), **flags)
+    trainer.add_callback(Watch())
+    trainer.train()
+    assert list(dict.fromkeys(updated[first:])) == [first, first + period, first + 2 * period]
 
 
 def test_spread_needs_an_update():

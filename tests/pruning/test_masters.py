@@ -93,7 +93,14 @@ def test_what_is_aside_is_old_once_the_step_is_taken(overflow):
     state.after_clipping(SETTINGS)
     assert not state.masked
     assert torch.equal(weight, dense if overflow else stepped)
-    assert torch.equal(weight, dense) == overflow
+
+
+@pytest.mark.parametrize("overflow", [False, True])
+def test_a_step_that_is_skipped_shrinks_nothing(overflow):
+    model, zero, state = begun(Distance)
+    before, zero.overflow, state.phase.rho = model[0].weight.detach().clone(), overflow, 0.5
+    state.after_step(SETTINGS, {})
+    assert torch.equal(model[0].weight, before) == overflow
 
 
 def test_an_optimizer_without_masters_of_the_targets_is_refused():
