@@ -56,7 +56,10 @@ def short_table(lines: Sequence[dict]) -> str:
         cells = [_metric(estimate(study.values(name, pattern, task).values())) for task in study.tasks]
         cells.append("" if dense else _share(study.share(name, pattern)))
         rows.append(f"| {title if dense else f'{title}, {pattern}'} | {' | '.join(cells)} |")
-    counts = f"{len(study.tasks)} tasks of GLUE, {_seeds(study)}"
+    counted = [len(study.cell(name, pattern, task)) for pattern, name in found for task in study.tasks]
+    least, most = min(filter(None, counted)), max(counted)
+    seeds = f"{least} to {most} seeds a figure" if least < most else _seeds(study)
+    counts = f"{len(study.tasks)} tasks of GLUE, {seeds}"
     note = f"{counts}, equal optimizer steps; in brackets 95 % intervals. [All results](docs/results.md)."
     return "\n".join([*rows, "", note])
 

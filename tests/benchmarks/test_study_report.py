@@ -80,10 +80,13 @@ def test_rates_that_were_tried_are_said(lines, make_line):
 
 
 def test_short_table_has_at_most_eight_rows(lines, make_line, monkeypatch):
+    assert "2 tasks of GLUE, 3 seeds, equal" in report.short_table(
+        [line for line in lines if line["pattern"] != "1:4"]
+    )
     lines += [make_line(name, 0.5, "mrpc", 1) for name in METHODS]
     text = report.short_table(lines)
     assert text.splitlines()[0] == "| | cola (accuracy) | mrpc (accuracy) | share of dense |"
-    assert "| ASP, 2:4 | " in text and "95 % intervals" in text and "2 tasks of GLUE, 3 seeds" in text
+    assert "| ASP, 2:4 | " in text and "95 % intervals" in text and "2 tasks of GLUE, 1 to 3 seeds a figure" in text
     assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 8
     monkeypatch.setattr(report, "README_ROWS", 3)
     assert sum(line.startswith("| ") for line in report.short_table(lines).splitlines()) == 2 + 3
