@@ -20,7 +20,7 @@ import hf_admm
 from benchmarks.common import machine
 from benchmarks.study.lines import key
 from benchmarks.study.methods import METHODS, PHASE_2_FLAGS, Method
-from benchmarks.study.tasks import judged, recipe
+from benchmarks.study.tasks import further, judged, recipe
 from benchmarks.study.training import build, learning_rates, phase_1_figures
 from hf_admm import ADMMTrainingArguments
 from hf_admm.arguments import ADMMArgumentsMixin
@@ -38,6 +38,7 @@ _TRAINING = (
     *("lr_scheduler_type", "optim", "weight_decay", "max_grad_norm", "adam_beta1", "adam_beta2", "adam_epsilon"),
     *("train_sampling_strategy", "bf16"),
 )
+_FURTHER = "further"
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
@@ -224,6 +225,7 @@ def execute(
         "metric": made.metric,
         "value": made.metrics[made.metric],
         "metrics": made.metrics,
+        "further": made.further,
         "steps": made.steps,
         "rows_used": made.rows,
         "sparsity": made.sparsity,
@@ -239,17 +241,23 @@ def execute(
 
 
 def _train(spec: Spec, place: Place, folder: str, switch: Path | None, before: Path | None) -> SimpleNamespace:
-    task: TextTask = judged(place.tasks(spec.task), spec.tune)
-    task = task.limited(*spec.rows) if spec.rows else task
+    whole = place.tasks(spec.task)
+    task: TextTask = judged(whole, spec.tune)
+    more = None if spec.tune else further(whole)
+    all_rows = replace(task, evaluations=task.evaluations | ({} if more is None else {_FURTHER: more}))
+    all_rows = all_rows.limited(*spec.rows) if spec.rows else all_rows
     arguments = spec.arguments(folder)
     if spec.method == "ours_teacher":
         if not place.teacher(spec).is_dir():
             execute(dense_of(spec), place, keep=place.teacher(spec))
         arguments["distill_teacher"] = str(place.teacher(spec))
-    tuning = FineTuning(task, place.model_dir, arguments, recipe(spec.task).max_seq_length, spec.model)
+    tuning = FineTuning(all_rows, place.model_dir, arguments, recipe(spec.task).max_seq_length, spec.model)
     tokenized, tokenizer = tuning._tokenized()
+    evaluations = dict(tokenized.evaluations)
+    apart = replace(tokenized, evaluations={_FURTHER: evaluations.pop(_FURTHER)}) if more is not None else None
+    tokenized = replace(tokenized, evaluations=evaluations)  # what is left judges in training too
     set_seed(spec.seed)
-    evaluations, collate = tokenized.evaluations, DataCollatorWithPadding(tokenizer)
+    collate = DataCollatorWithPadding(tokenizer)
     trainer = build(
         spec.how,
         "2:4" if spec.how.dense else spec.pattern,
@@ -273,6 +281,10 @@ def _train(spec: Spec, place: Place, folder: str, switch: Path | None, before: P
     model_dir = os.path.join(folder, "model")
     trainer.save_model(model_dir)
     metrics = evaluate_saved(model_dir, trainer.args, tokenized, tokenizer)
+    beyond = apart and {
+        "rows": len(apart.evaluations[_FURTHER]),
+        **evaluate_saved(model_dir, trainer.args, apart, tokenizer),
+    }
     audit = None if spec.how.dense else audit_checkpoint(model_dir, spec.pattern)
     admm_steps = trainer.args.phase_plan(trainer.state.max_steps).admm_steps if trainer.args.is_sparse else 0
     final = metrics[task.headline]
@@ -281,8 +293,9 @@ def _train(spec: Spec, place: Place, folder: str, switch: Path | None, before: P
         model_dir=model_dir,
         metric=task.headline,
         metrics=metrics,
+        further=beyond,
         steps=trainer.state.global_step,
-        rows={"train": len(task.train)} | {name: len(rows) for name, rows in evaluations.items()},
+        rows={"train": len(tokenized.train)} | {name: len(rows) for name, rows in evaluations.items()},
         sparsity=audit.sparsity if audit else 0.0,
         broken=audit.violations if audit else 0,
         phase_1=phase_1,

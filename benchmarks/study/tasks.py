@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass, replace
 
+from datasets import Dataset
+
 from hf_admm.commands.glue import glue_task
 from hf_admm.finetuning.tasks import TextTask
 
@@ -10,6 +12,7 @@ DEFAULT_TASKS = ("cola", "mrpc", "sst2")
 
 TRAIN_ROWS = 16_000  # of a larger task
 TUNING_ROWS = 10_000  # of those that are left then
+FURTHER_ROWS = 20_000  # of those that are left then
 HELD_OUT = 0.15  # of a smaller task
 _SEED = 0  # of the draws: the same rows in every run, whatever its seed
 
@@ -77,3 +80,21 @@ def judged(task: TextTask, tune: bool) -> TextTask:
         return task
     held_out = rows.select(range(cut, min(len(rows), cut + TUNING_ROWS)))
     return replace(task, evaluations={"held_out": held_out})
+
+
+def further(task: TextTask) -> Dataset | None:
+    """
+    Rows of a large task that no run trains on and no default is chosen by: the dev set of SST-2 has 872 rows, which is
+    too few to tell methods apart.
+
+    Args:
+        task ([`TextTask`]):
+            The task, whole.
+
+    Returns:
+        `datasets.Dataset` or `None`: At most 20,000 rows; `None` if there are none left.
+    """
+    start = TRAIN_ROWS + TUNING_ROWS
+    if len(task.train) <= start:
+        return None
+    return task.train.shuffle(seed=_SEED).select(range(start, min(len(task.train), start + FURTHER_ROWS)))

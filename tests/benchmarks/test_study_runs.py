@@ -8,7 +8,7 @@ from transformers import TrainerCallback
 from benchmarks.study import runs
 from benchmarks.study.methods import METHODS, choose, left_out
 from benchmarks.study.runs import Spec, execute
-from benchmarks.study.tasks import judged, recipe
+from benchmarks.study.tasks import further, judged, recipe
 from benchmarks.study.training import AVERAGED, Averaging, TwoSegmentTrainer, build, learning_rates, phase_1_figures
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from hf_admm.finetuning.tasks import TextTask
@@ -47,6 +47,16 @@ def test_a_large_task_is_cut_and_tuned_on_others_of_its_rows():
     assert len(plain.evaluations["validation"]) == 5
     held_out = tuned.evaluations["held_out"]["sentence1"][:]
     assert len(held_out) == 10_000 and not set(held_out) & set(tuned.train["sentence1"][:])
+
+
+def test_further_rows_of_a_large_task_are_neither_trained_on_nor_tuned_on():
+    task = made_up(40_000)
+    rows = further(task)["sentence1"][:]
+    tuned = judged(task, tune=True)
+    used = {*tuned.train["sentence1"][:], *tuned.evaluations["held_out"]["sentence1"][:]}
+    assert len(rows) == len(set(rows)) == 14_000 and not used & set(rows)
+    assert len(further(made_up(60_000))) == 20_000
+    assert further(made_up(26_000)) is None and further(made_up(100)) is None
 
 
 # ---- What defines a run ----
@@ -197,6 +207,18 @@ def test_every_method_leaves_a_line(method, place):
         assert {name for name, figure in line["phase_1"].items() if figure is None} <= {"share_of_final"}
     assert line["machine"]["threads"] == 1 and line["versions"]["torch"] and line["seconds"] > 0
     assert not [path for path in place.work_dir.iterdir() if path.name.startswith(f"{method}-")]
+
+
+def test_further_rows_are_judged_apart_and_change_nothing_else(place, monkeypatch):
+    plain = execute(spec("ours"), place)
+    rows = place.tasks("sst2").train.select(range(7))
+    monkeypatch.setattr(runs, "further", lambda task: rows)
+    found = execute(spec("ours"), place)
+    assert plain["further"] is None and found["further"]["rows"] == 7
+    assert round(7 * found["further"]["accuracy"], 6) in range(8)
+    for name in ("metrics", "phase_1", "rows_used"):
+        assert found[name] == pytest.approx(plain[name], nan_ok=True), name
+    assert execute(spec("ours", tune=True), place)["further"] is None
 
 
 def test_what_goes_on_from_the_switch_ends_with_the_same_bits(place, tmp_path):
