@@ -95,9 +95,17 @@ class Study:
         wanted = [line for line in wanted if task in (None, line["task"])]
         return {(line["task"], line["seed"], line["arguments"]["bf16"]): line for line in wanted}
 
-    def values(self, method: str, pattern: str, task: str | None = None) -> dict[tuple[str, int, bool], float]:
-        """The main metrics of a method, by what [`Study.cell`] has them by."""
-        return {place: line["value"] for place, line in self.cell(method, pattern, task).items()}
+    def values(
+        self, method: str, pattern: str, task: str | None = None, further: bool = False
+    ) -> dict[tuple[str, int, bool], float]:
+        """
+        The main metrics of a method, by what [`Study.cell`] has them by: on the dev set, or on the further rows where
+        a run was judged on some.
+        """
+        found = self.cell(method, pattern, task)
+        if not further:
+            return {place: line["value"] for place, line in found.items()}
+        return {place: line["further"][line["metric"]] for place, line in found.items() if line.get("further")}
 
     def methods(self, pattern: str) -> list[str]:
         """The sparse methods that were run at a pattern."""
@@ -113,9 +121,11 @@ class Study:
             return max(found, key=lambda name: len(found[name]), default=None)
         return max(found, key=lambda name: mean(found[name][place] for place in common))
 
-    def difference(self, method: str, other: str, pattern: str, task: str | None = None) -> Estimate | None:
-        """One method less another, in points, over the pairs that [`Study.cell`] has of both."""
-        first, second = self.values(method, pattern, task), self.values(other, pattern, task)
+    def difference(
+        self, method: str, other: str, pattern: str, task: str | None = None, further: bool = False
+    ) -> Estimate | None:
+        """One method less another, in points, over the pairs that [`Study.values`] has of both."""
+        first, second = (self.values(name, pattern, task, further) for name in (method, other))
         return estimate([100 * (first[place] - second[place]) for place in sorted(first.keys() & second.keys())])
 
     def share(self, method: str, pattern: str, task: str | None = None) -> Estimate | None:

@@ -35,7 +35,7 @@ def page(lines: Sequence[dict], figures: Sequence[Path] = ()) -> str:
     parts += [*_about(study), ""]
     for pattern in study.patterns:
         parts += [f"## {pattern}", "", *_table(study, pattern), "", *_claims(study, pattern), ""]
-        parts += [*_convergence(study, pattern), ""]
+        parts += [*_on_further_rows(study, pattern), *_convergence(study, pattern), ""]
     parts += [f"![{path.stem.replace('_', ' ')}]({path.as_posix()})\n" for path in figures]
     parts += ["## Methods", "", *_methods(study), "", "## What is missing", "", *_missing(study)]
     return "\n".join(parts).rstrip() + "\n"
@@ -178,6 +178,31 @@ def _beside_dense(study: Study, name: str, pattern: str) -> list[str]:
     return [
         f"- {METHODS[name].title}: {_share(share)} of the dense metric, {said[0]}; {_points(less)} points, {said[1]}."
     ]
+
+
+def _on_further_rows(study: Study, pattern: str) -> list[str]:
+    """A table for each task that was judged on more rows than its dev set has, with the differences on them."""
+    parts = []
+    for task in study.tasks:
+        names = [*DENSE, *_sorted(study.methods(pattern))]
+        found = {name: study.values(name, pattern, task, further=True) for name in names}
+        found = {name: values for name, values in found.items() if values}
+        if not any(name not in DENSE for name in found):
+            continue
+        lines = [line for line in study.lines if line["task"] == task and line.get("further")]
+        parts += [
+            f"On {max(line['further']['rows'] for line in lines):,} further rows of {task}'s training file, which no "
+            "run trains on and no default was chosen by (some are phrases of sentences that runs do train on):",
+            "",
+            f"| | {task} ({lines[0]['metric']}) | seeds | ours less this, points |",
+            "| --- | --- | --- | --- |",
+        ]
+        for name, values in found.items():
+            less = "" if name == OURS else _points(study.difference(OURS, name, pattern, task, further=True))
+            cells = [METHODS[name].title, _metric(estimate(values.values())), len(values), less]
+            parts.append(f"| {' | '.join(map(str, cells))} |")
+        parts.append("")
+    return parts
 
 
 def _convergence(study: Study, pattern: str) -> list[str]:

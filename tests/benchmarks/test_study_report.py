@@ -48,6 +48,25 @@ def test_claims_follow_the_intervals(lines):
     assert "Nothing to compare yet." in part[: part.index("##", 5)]
 
 
+def test_what_was_judged_on_further_rows_has_a_table_of_its_own(make_line):
+    def judged(method, seed, value):
+        return make_line(method, 0.5, "sst2", seed, further={"rows": 20_000, "accuracy": value, "loss": 1.0})
+
+    made = [
+        judged(method, seed, value + 0.001 * seed)
+        for method, value in {"ours": 0.9, "rho0": 0.88}.items()
+        for seed in (1, 2)
+    ]
+    made += [judged("dense", 1, 0.95), make_line("ours", 0.5, "sst2", 3), make_line("asp", 0.5, "sst2", 1)]
+    text = report.page(made)
+    assert "On 20,000 further rows of sst2's training file" in text
+    assert "| ADMM, SR-STE (ours) | 90.15 ± 0.05 | 2 |  |" in text
+    assert "| rho 0, SR-STE | 88.15 ± 0.05 | 2 | +2.00 [+2.00, +2.00] |" in text
+    assert "| dense | 95.00 | 1 | -4.90, no interval |" in text
+    assert text.count("| ASP |") == 1, "ASP was not judged on further rows"
+    assert "further rows" not in report.page([make_line("ours", 0.9), judged("dense", 1, 0.9)])
+
+
 def test_defaults_that_have_changed_are_told(make_line):
     old = {"max_steps": -1, "bf16": True, "learning_rate": 1e-4, "mask_update_steps": 1, "admm_steps": 0.6}
     text = report.page([make_line("ours", 0.8, arguments=old), make_line("dense", 0.8, arguments=old)])
