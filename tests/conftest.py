@@ -11,13 +11,9 @@ os.environ.setdefault("TQDM_DISABLE", "1")  # Trainer's own bar
 import pytest  # noqa: E402
 import torch  # noqa: E402
 from hypothesis import settings  # noqa: E402
-from transformers import (  # noqa: E402
-    BertConfig,
-    BertForSequenceClassification,
-    GPT2Config,
-    GPT2LMHeadModel,
-)
 from transformers.utils import logging  # noqa: E402
+
+import tiny_models  # noqa: E402
 
 
 logging.disable_progress_bar()
@@ -37,70 +33,17 @@ def verbosity():
 
 @pytest.fixture(scope="session")
 def tiny_bert():
-    """
-    Builds a `BertForSequenceClassification` of 2 layers and width 16: 12 matrices in its encoder, pooler and
-    classifier beside. Keyword arguments override its config; the same seed gives the same weights.
-    """
-
-    def build(seed=0, **config):
-        defaults = {
-            "vocab_size": 64,
-            "hidden_size": 16,
-            "num_hidden_layers": 2,
-            "num_attention_heads": 2,
-            "intermediate_size": 32,
-            "max_position_embeddings": 32,
-            "num_labels": 2,
-        }
-        torch.manual_seed(seed)
-        return BertForSequenceClassification(BertConfig(**{**defaults, **config}))
-
-    return build
+    """Builds a small `BertForSequenceClassification`, see `tiny_models`."""
+    return tiny_models.tiny_bert
 
 
 @pytest.fixture(scope="session")
 def tiny_gpt2():
-    """
-    Builds a `GPT2LMHeadModel` of 2 layers and width 16, whose matrices are `Conv1D` (transposed) and whose head is
-    tied to the embedding. Keyword arguments override its config; the same seed gives the same weights.
-    """
-
-    def build(seed=0, **config):
-        defaults = {
-            "vocab_size": 64,
-            "n_embd": 16,
-            "n_layer": 2,
-            "n_head": 2,
-            "n_positions": 32,
-            "bos_token_id": 0,
-            "eos_token_id": 0,
-        }
-        torch.manual_seed(seed)
-        return GPT2LMHeadModel(GPT2Config(**{**defaults, **config}))
-
-    return build
+    """Builds a small `GPT2LMHeadModel`, see `tiny_models`."""
+    return tiny_models.tiny_gpt2
 
 
 @pytest.fixture(scope="session")
 def token_data():
-    """
-    Builds a list of `n` examples for the default collator. `labels` is the number of classes, which the first token
-    decides, so that a model can learn it; 1 gives a float to regress on; `None` gives the tokens themselves, for a
-    language model.
-    """
-
-    def build(n=32, length=8, vocab=64, labels=2, seed=0):
-        generator = torch.Generator().manual_seed(seed)
-        tokens = torch.randint(1, vocab, (n, length), generator=generator)
-        if labels is None:
-            targets = tokens.clone()
-        elif labels == 1:
-            targets = tokens[:, 0].float() / vocab
-        else:
-            targets = tokens[:, 0] * labels // vocab
-        return [
-            {"input_ids": row, "attention_mask": torch.ones_like(row), "labels": target}
-            for row, target in zip(tokens, targets, strict=True)
-        ]
-
-    return build
+    """Builds examples for the default collator, see `tiny_models`."""
+    return tiny_models.token_data

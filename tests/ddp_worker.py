@@ -3,10 +3,11 @@
 import sys
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from launch import leave
+from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
 
 class Fault(TrainerCallback):
@@ -32,14 +33,7 @@ class Spoilt(ADMMTrainer):
 
 def main(folder: str, batch_size: int, resume: str, fault: str) -> None:
     torch.set_num_threads(1)
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = BertForSequenceClassification(config)
-    tokens = torch.randint(1, 64, (64, 8), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": (row[0] > 32).long()} for row in tokens]
+    model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data(64)
     args = ADMMTrainingArguments(
         folder, max_steps=12, per_device_train_batch_size=batch_size, learning_rate=0.05, optim="sgd", admm_steps=6,
         admm_update_steps=2, admm_rho=2.0, srste_decay=0.01, save_steps=3, logging_steps=1, report_to="none",

@@ -12,10 +12,11 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from launch import leave
+from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
 
 class WithPlugin(AcceleratorState):
@@ -49,14 +50,7 @@ def whole(model):
 
 def train(folder, kind="SHARDED_STATE_DICT", resume=None, **options):
     AcceleratorState._reset_state()
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = BertForSequenceClassification(config)
-    tokens = torch.randint(1, 64, (64, 8), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": (row[0] > 32).long()} for row in tokens]
+    model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data(64)
     fsdp = {"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": ["BertLayer"]}
     args = ADMMTrainingArguments(
         str(folder), max_steps=8, per_device_train_batch_size=8, learning_rate=0.01, admm_steps=4, admm_update_steps=2,

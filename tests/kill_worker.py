@@ -13,13 +13,14 @@ import time
 from pathlib import Path
 
 import torch
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 from transformers.trainer_utils import get_last_checkpoint
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, audit_checkpoint
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME
 from hf_admm.checkpoints.staging import STAGING_NAME
 from launch import die_at
+from tiny_models import tiny_bert, token_data
 
 
 STEPS, SWITCH = 24, 12
@@ -36,19 +37,12 @@ class Tell(TrainerCallback):
 
 
 def train(folder: Path, pipe: int) -> None:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32,
-    )  # fmt: skip
-    tokens = torch.randint(1, 64, (64, 8), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": (row[0] > 32).long()} for row in tokens]
+    model, data = tiny_bert(), token_data(64)
     args = ADMMTrainingArguments(
         str(folder), max_steps=STEPS, per_device_train_batch_size=8, learning_rate=1e-3, admm_steps=SWITCH,
         admm_update_steps=4, admm_rho=0.1, save_steps=2, save_total_limit=3, eval_strategy="steps", eval_steps=2,
         load_best_model_at_end=True, logging_steps=2, report_to="none", disable_tqdm=True, use_cpu=True,
     )  # fmt: skip
-    model = BertForSequenceClassification(config)
     trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16], callbacks=[Tell(pipe)])
     last = get_last_checkpoint(folder) if folder.is_dir() else None
     trainer.train(resume_from_checkpoint=last)

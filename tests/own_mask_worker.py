@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 from torch import distributed, nn
 from torch.distributed.fsdp import fully_shard
-from transformers import BertConfig, BertForSequenceClassification
 
 from fsdp_worker import SETTINGS, Model, assert_same_state, whole
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
@@ -18,18 +17,12 @@ from hf_admm.sparsity.patterns import OwnPattern
 from hf_admm.sparsity.targets import select_targets
 from launch import leave
 from own_masks import bring_zeros, zeros_of
+from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
 
 def by_the_trainer(folder: Path, processes: int) -> tuple[dict, dict]:
-    torch.manual_seed(0)
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    model = bring_zeros(BertForSequenceClassification(config))
+    model, data = bring_zeros(tiny_bert(**NO_DROPOUT["tiny_bert"])), token_data(64)
     zeros = zeros_of(model)
-    tokens = torch.randint(1, 64, (64, 8), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": (row[0] > 32).long()} for row in tokens]
     args = ADMMTrainingArguments(
         str(folder), sparsity_pattern="own", max_steps=6, per_device_train_batch_size=16 // processes, optim="sgd",
         learning_rate=0.05, save_steps=3, report_to="none", disable_tqdm=True, use_cpu=True,

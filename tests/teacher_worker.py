@@ -3,19 +3,15 @@
 import sys
 
 import torch
-from transformers import BertConfig, BertForTokenClassification
+from transformers import BertForTokenClassification
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from launch import leave
+from tiny_models import NO_DROPOUT, tiny_bert
 
 
 def build(seed):
-    torch.manual_seed(seed)
-    config = BertConfig(
-        vocab_size=64, hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, num_labels=8,
-        max_position_embeddings=32, hidden_dropout_prob=0.0, attention_probs_dropout_prob=0.0,
-    )  # fmt: skip
-    return BertForTokenClassification(config)
+    return tiny_bert(seed, BertForTokenClassification, num_labels=8, **NO_DROPOUT["tiny_bert"])
 
 
 def rows():

@@ -9,7 +9,8 @@ from transformers import Seq2SeqTrainer, Trainer, TrainerCallback, TrainingArgum
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.sparsity.patterns import parse_pattern
 from hf_admm.sparsity.projections import broken_groups
-from tiny_runs import NO_DROPOUT, STEPS, Recorder, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import STEPS, Recorder, train, weights
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4", "4:8", "4x4:8", "0.5"])

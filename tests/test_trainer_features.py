@@ -16,7 +16,8 @@ from transformers import (
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.sparsity.projections import broken_groups, project
-from tiny_runs import NO_DROPOUT, SETTINGS, STEPS, Recorder, compiles, prepare, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import SETTINGS, STEPS, Recorder, compiles, prepare, train, weights
 
 
 def every_step():

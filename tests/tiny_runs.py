@@ -9,10 +9,6 @@ from hf_admm import ADMMTrainer, ADMMTrainingArguments
 
 
 STEPS = 12
-NO_DROPOUT = {
-    "tiny_bert": {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0},
-    "tiny_gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
-}
 # Both phases in a few steps, with two updates of Z and U.
 SETTINGS = {
     "max_steps": STEPS,

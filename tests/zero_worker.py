@@ -6,11 +6,12 @@ from pathlib import Path
 
 import torch
 from accelerate.state import AcceleratorState
-from transformers import BertConfig, BertForSequenceClassification, TrainerCallback
+from transformers import TrainerCallback
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
 from hf_admm.pruning.srste import SRSTE
 from launch import leave
+from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
@@ -51,21 +52,7 @@ class Masters(TrainerCallback):
 def run(folder: Path, stage: int = 0, resume: str | None = None, **flags) -> dict[str, torch.Tensor]:
     if stage:
         AcceleratorState._reset_state(True)
-    torch.manual_seed(0)
-    model = BertForSequenceClassification(
-        BertConfig(
-            vocab_size=64,
-            hidden_size=16,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            intermediate_size=32,
-            max_position_embeddings=32,
-            hidden_dropout_prob=0.0,
-            attention_probs_dropout_prob=0.0,
-        )  # fmt: skip
-    )
-    tokens = torch.randint(1, 64, (64, 8), generator=torch.Generator().manual_seed(0))
-    data = [{"input_ids": row, "labels": (row[0] > 32).long()} for row in tokens]
+    model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data(64)
     args = ADMMTrainingArguments(
         str(folder), max_steps=12, per_device_train_batch_size=8 // PROCESSES, learning_rate=1e-2,
         gradient_accumulation_steps=2, admm_steps=6, admm_update_steps=2, save_steps=4, eval_strategy="steps",

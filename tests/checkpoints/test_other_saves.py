@@ -14,7 +14,8 @@ from hf_admm import ADMMTrainer, ADMMTrainerMixin, audit_checkpoint
 from hf_admm.checkpoints.files import RECORD_NAME, WEIGHTS_NAME
 from hf_admm.checkpoints.sidecar import SIDECAR_NAME
 from hf_admm.sparsity.projections import broken_groups
-from tiny_runs import NO_DROPOUT, assert_same_weights, prepare, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import assert_same_weights, prepare, train, weights
 
 
 EVERY_4 = {"save_strategy": "steps", "save_steps": 4}

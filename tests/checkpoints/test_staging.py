@@ -12,7 +12,8 @@ from transformers.trainer_utils import get_last_checkpoint
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, audit_checkpoint
 from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, publish, rotate
-from tiny_runs import NO_DROPOUT, SETTINGS
+from tiny_models import NO_DROPOUT
+from tiny_runs import SETTINGS
 
 
 def build(model, data, folder, **flags):

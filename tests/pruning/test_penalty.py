@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from hf_admm.sparsity.projections import project
-from tiny_runs import NO_DROPOUT, STEPS, Recorder, gradients, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import STEPS, Recorder, gradients, train, weights
 
 
 def oracle_gradients(model, batch, anchors, rho):

@@ -7,7 +7,8 @@ import torch
 
 from hf_admm import ADMMTrainer
 from hf_admm.sparsity.projections import project, sparsity_mask
-from tiny_runs import NO_DROPOUT, Recorder, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import Recorder, train, weights
 
 
 def test_phase_1_follows_admm_step_by_step(tiny_bert, token_data, tmp_path):

@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from hf_admm import ADMMTrainer, audit_checkpoint
-from tiny_runs import NO_DROPOUT, assert_same_weights, prepare, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import assert_same_weights, prepare, weights
 
 
 class Averaging(torch.optim.SGD):

@@ -8,7 +8,8 @@ from transformers import BertConfig, BertForTokenClassification, GPT2Config, GPT
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin
 from own_losses import Divides, DividesInTraining, Hands, Means, MeansInTraining
-from tiny_runs import NO_DROPOUT, STEPS, Recorder, prepare, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import STEPS, Recorder, prepare, train, weights
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "admm_rho": 2.0}  # Adam would hide a factor in its normalisation

@@ -18,7 +18,8 @@ from transformers import (
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.training.distillation import hidden_distance, logits_distance
 from own_losses import Means
-from tiny_runs import NO_DROPOUT, compiles, gradients, prepare, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import compiles, gradients, prepare, train, weights
 
 
 ONE_STEP = {"max_steps": 1, "admm_steps": 1, "admm_rho": 0.0, "mask_freeze_steps": 0, "max_grad_norm": 0.0}

@@ -8,7 +8,8 @@ from transformers import BertConfig, BertForTokenClassification, Trainer
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin
 from hf_admm.training.distillation import hidden_distance, logits_distance
-from tiny_runs import NO_DROPOUT, STEPS, Recorder, assert_same_weights, gradients, prepare, train, weights
+from tiny_models import NO_DROPOUT
+from tiny_runs import STEPS, Recorder, assert_same_weights, gradients, prepare, train, weights
 
 
 SGD = {"optim": "sgd", "learning_rate": 0.05, "max_grad_norm": 0.0}  # Adam would hide a factor
