@@ -41,7 +41,9 @@ def main(folder: str, batch_size: int, resume: str, fault: str) -> None:
     )  # fmt: skip
     trainer_class = Spoilt if fault == "loss" else ADMMTrainer
     trainer = trainer_class(model, args, train_dataset=data, eval_dataset=data[:16])
-    if fault and fault != "loss":
+    if fault == "evaluated":
+        trainer.evaluate()  # Trainer trains each process on its own after that
+    elif fault and fault != "loss":
         callback = Fault(fault)
         callback.state = trainer.sparsity
         trainer.add_callback(callback)

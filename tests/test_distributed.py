@@ -67,6 +67,13 @@ def test_replicas_that_drift_apart_are_noticed(fault, tmp_path):
 
 
 @needs_gloo
+def test_an_evaluation_before_training_leaves_no_two_models(tmp_path):
+    """accelerate takes the model for prepared then: plain Trainer trains another one on each process, in silence."""
+    stderr = run(2, tmp_path / "run", fault="evaluated", fails=True)
+    assert "no longer hold the same values of: bert.encoder" in stderr and "evaluate() before train()" in stderr
+
+
+@needs_gloo
 def test_a_bad_loss_on_one_process_stops_them_all(tmp_path):
     """Each for itself, before its optimizer steps: none is left to wait for the others."""
     stderr = run(2, tmp_path / "run", fault="loss", fails=True)

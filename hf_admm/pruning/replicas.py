@@ -35,8 +35,9 @@ def check_replicas(tensors: Mapping[str, torch.Tensor]) -> None:
         names = [name for name, bad in zip(tensors, differs.tolist(), strict=True) if bad]
         raise RuntimeError(
             f"The processes no longer hold the same values of: {', '.join(names)}. Something changes the weights on "
-            "one process only, such as a callback, a hook, or an operation that gives different results on different "
-            "devices. Resume from the last checkpoint once it is removed."
+            "one process only, such as a callback, a hook, an operation that gives different results on different "
+            "devices, or an evaluate() before train(), after which Trainer leaves DDP out: train with a new trainer "
+            "then. Resume from the last checkpoint once it is removed."
         )
 
 
