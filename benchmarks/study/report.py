@@ -15,6 +15,7 @@ START, END = "<!-- results:start -->", "<!-- results:end -->"
 README_ROWS = 8
 OURS = "ours"
 _GIVEN = ("sparsity_pattern", "distill_teacher")  # by the place in the study, and by what it trains before
+_OF_FURTHER_ROWS = {"sst2": " (some are phrases of sentences that runs do train on)"}
 EMPTY = "No results yet: `python -m benchmarks.accuracy`.\n"
 
 
@@ -192,7 +193,7 @@ def _on_further_rows(study: Study, pattern: str) -> list[str]:
         lines = [line for line in study.lines if line["task"] == task and line.get("further")]
         parts += [
             f"On {max(line['further']['rows'] for line in lines):,} further rows of {task}'s training file, which no "
-            "run trains on and no default was chosen by (some are phrases of sentences that runs do train on):",
+            f"run trains on and no default was chosen by{_OF_FURTHER_ROWS.get(task, '')}:",
             "",
             f"| | {task} ({lines[0]['metric']}) | seeds | ours less this, points |",
             "| --- | --- | --- | --- |",

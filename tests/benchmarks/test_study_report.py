@@ -64,6 +64,9 @@ def test_what_was_judged_on_further_rows_has_a_table_of_its_own(make_line):
     assert "| rho 0, SR-STE | 88.15 ± 0.05 | 2 | +2.00 [+2.00, +2.00] |" in text
     assert "| dense | 95.00 | 1 | -4.90, no interval |" in text
     assert text.count("| ASP |") == 1, "ASP was not judged on further rows"
+    assert "are phrases of sentences" in text, "what is particular to SST-2"
+    other = [{**line, "task": "qqp"} for line in made]
+    assert "further rows of qqp" in report.page(other) and "phrases" not in report.page(other)
     assert "further rows" not in report.page([make_line("ours", 0.9), judged("dense", 1, 0.9)])
 
 
