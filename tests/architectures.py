@@ -7,6 +7,8 @@ import torch
 import transformers
 from transformers import PreTrainedModel, default_data_collator
 
+from tiny_models import SIZES
+
 
 # ---- Data ----
 
@@ -90,17 +92,7 @@ class Architecture:
         return default_data_collator(examples) | asked
 
 
-SMALL = {
-    "vocab_size": 64,
-    "hidden_size": 16,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 2,
-    "intermediate_size": 32,
-    "max_position_embeddings": 32,
-    "bos_token_id": 0,
-    "pad_token_id": 1,
-    "eos_token_id": 2,
-}
+SMALL = {**SIZES, "bos_token_id": 0, "pad_token_id": 1, "eos_token_id": 2}
 GROUPED = {**SMALL, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8}
 PICTURE = {
     **{name: SMALL[name] for name in ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size")},

@@ -4,14 +4,13 @@ import torch
 from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel
 
 
-_BERT = {
+SIZES = {
     "vocab_size": 64,
     "hidden_size": 16,
     "num_hidden_layers": 2,
     "num_attention_heads": 2,
     "intermediate_size": 32,
     "max_position_embeddings": 32,
-    "num_labels": 2,
 }
 _GPT2 = {
     "vocab_size": 64,
@@ -34,7 +33,7 @@ def tiny_bert(seed=0, model_class=BertForSequenceClassification, **config):
     override its config; the same seed gives the same weights.
     """
     torch.manual_seed(seed)
-    return model_class(BertConfig(**{**_BERT, **config}))
+    return model_class(BertConfig(**{**SIZES, "num_labels": 2, **config}))
 
 
 def tiny_gpt2(seed=0, **config):
