@@ -43,7 +43,7 @@ def threads(request):
     torch.set_num_threads(before)
 
 
-@pytest.mark.parametrize("kind", ["normal", "ties", "special"])
+@pytest.mark.parametrize("kind, threads", [("normal", 1), ("ties", 2), ("special", 1)], indirect=["threads"])
 @pytest.mark.parametrize("pattern", ["2:4", "1:3", "3:7", "4:8", "1:1", "5:12", "4x4:8", "2x8:5", "8x8:32", "64:128"])
 def test_many_chunks_are_selected_as_by_a_sort(pattern, kind, threads):
     pattern = parse_pattern(pattern)
