@@ -144,12 +144,15 @@ class Spec:
 
     @cached_property
     def phase_1_key(self) -> str | None:
-        """What its state at the switch is known by, the same for methods that differ in phase 2 alone."""
+        """
+        What its state at the switch is known by, the same for methods that differ in phase 2 alone. Other code has
+        other states: one may be kept for long.
+        """
         arguments = self.settings["arguments"]
         if self.how.kind != "ours" or self.method == "ours_teacher" or not arguments.get("admm_steps"):
             return None
         before = {name: value for name, value in arguments.items() if name not in PHASE_2_FLAGS}
-        return key(self.settings | {"method": None, "arguments": before})
+        return key(self.settings | {"method": None, "arguments": before, "source": source_digest()})
 
 
 @dataclass(frozen=True)

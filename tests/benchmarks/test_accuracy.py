@@ -3,6 +3,7 @@
 import pytest
 
 from benchmarks import accuracy
+from benchmarks.study import runs
 from benchmarks.study.lines import append, read
 from benchmarks.study.runs import Spec, execute
 
@@ -48,15 +49,18 @@ def test_a_stopped_study_goes_on(command, monkeypatch, capsys):
     assert len(command("--flags", "admm_steps=0.25")) > 6 and made, "other settings are other runs"
 
 
-def test_variants_of_phase_2_go_on_from_a_kept_switch(command, tmp_path):
+def test_variants_of_phase_2_go_on_from_a_kept_switch(command, tmp_path, monkeypatch):
     one = ("--methods", "rho0", "--seeds", "1", "--keep_switch")
     command(*one)
-    lines = command(*one, "--flags", "admm_steps=0.5", "srste_lr_multiplier=4")
+    command(*one, "--flags", "admm_steps=0.5", "srste_lr_multiplier=4")
     lines = command(*one, "--flags", "admm_steps=0.5", "mask_freeze_steps=0.5")
     assert [line["from_switch"] for line in lines] == [False, True, True]
     assert len(list((tmp_path / "work" / "switch").iterdir())) == 1
     command(*one, "--flags", "admm_steps=0.25")
     assert len(list((tmp_path / "work" / "switch").iterdir())) == 2, "another phase 1"
+    monkeypatch.setattr(runs, "source_digest", lambda: "other")
+    lines = command(*one, "--flags", "admm_steps=0.5", "mask_freeze_steps=0.25")
+    assert not lines[-1]["from_switch"], "a state of other code"
 
 
 def test_what_decides_first_runs_first(command, capsys):
