@@ -1,8 +1,9 @@
-"""A distilled run for tests/test_distributed_teacher.py: through Trainer, or one step of a model that FSDP2 shards."""
+"""Distilled runs for tests/test_distributed_teacher.py: through Trainer, and one step of a model that FSDP2 shards."""
 
 import sys
 
 import torch
+from accelerate.state import AcceleratorState
 from transformers import BertForTokenClassification
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments
@@ -24,8 +25,8 @@ def rows():
     return data
 
 
-def main(folder: str, teacher: str, batch_size: int, kind: str) -> None:
-    torch.set_num_threads(1)
+def run(folder: str, teacher: str, batch_size: int, kind: str) -> None:
+    AcceleratorState._reset_state()
     model, data = build(0), rows()
     args = ADMMTrainingArguments(
         folder, max_steps=6, per_device_train_batch_size=batch_size, learning_rate=0.05, optim="sgd", admm_steps=3,
@@ -53,9 +54,15 @@ def main(folder: str, teacher: str, batch_size: int, kind: str) -> None:
         grads = {name: weight.grad for name, weight in model.named_parameters() if weight.grad is not None}
         whole = {name: grad.full_tensor() if hasattr(grad, "full_tensor") else grad for name, grad in grads.items()}
         found = {"weights": whole}
-    torch.save(found, f"{folder}/{args.process_index}.pt")
+    torch.save(found, f"{folder}/{kind}{args.process_index}.pt")
+
+
+def main(folder: str, teacher: str, batch_size: str, *kinds: str) -> None:
+    torch.set_num_threads(1)
+    for kind in kinds:
+        run(folder, teacher, int(batch_size), kind)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], sys.argv[2], int(sys.argv[3]), sys.argv[4])
+    main(*sys.argv[1:])
     leave()

@@ -1,5 +1,6 @@
 """Who speaks: rank 0, and nobody in a quiet run."""
 
+import json
 import logging
 
 import pytest
@@ -51,6 +52,6 @@ def test_quiet_is_a_level_of_logs_above_warnings(capsys):
 @needs_gloo
 def test_one_of_two_processes_speaks(tmp_path):
     """The tables on stdout, and a warning of both processes on stderr."""
-    said = launch(2, "ddp_worker.py", tmp_path, 8, "", "", stdout=True)
+    said = launch(2, "ddp_worker.py", tmp_path, 8, json.dumps([{"name": "run"}]), stdout=True)
     for line in ("hf_admm: BertForSequenceClassification to 2:4", "broken groups  0 of", "phase 1 has not converged"):
         assert said.count(line) == 1, (line, said)

@@ -1,5 +1,6 @@
 """Two processes (gloo) train as one, resume on any number of processes, and never drift apart unnoticed."""
 
+import json
 import re
 
 import pytest
@@ -14,71 +15,83 @@ from launch import launch, needs_gloo
 BATCH_SIZE = {1: 16, 2: 8}
 
 
-def run(processes, folder, resume="", fault="", fails=False):
-    folder.mkdir()
-    stderr = launch(processes, "ddp_worker.py", folder, BATCH_SIZE[processes], resume, fault, fails=fails)
-    return stderr if fails else [torch.load(folder / f"rank{rank}.pt") for rank in range(processes)]
+def run(processes, folder, *runs):
+    """Runs in turn, each in its folder: a name, and what it resumes from or its fault."""
+    launch(processes, "ddp_worker.py", folder, BATCH_SIZE[processes], json.dumps(runs), timeout=900)
 
 
 @pytest.fixture(scope="module")
-def straight(tmp_path_factory):
+def runs(tmp_path_factory):
     """SGD, so that a penalty counted once per process would not be normalised away."""
-    folder = tmp_path_factory.mktemp("straight")
-    return folder, {processes: run(processes, folder / str(processes)) for processes in BATCH_SIZE}
+    folder = tmp_path_factory.mktemp("runs")
+    run(1, folder, {"name": "one"})
+    again = {"name": "again", "resume": "two/checkpoint-3"}
+    one_to_two = {"name": "one_to_two", "resume": "one/checkpoint-3"}
+    faults = [{"name": fault, "fault": fault} for fault in ("weight", "anchor", "mask", "evaluated", "loss")]
+    run(2, folder, {"name": "two"}, again, one_to_two, *faults)
+    run(1, folder, {"name": "two_to_one", "resume": "two/checkpoint-9"})
+    return folder
 
 
-def assert_close(weights, others):
-    for name, weight in weights.items():
+def weights(folder, rank=0):
+    return torch.load(folder / f"rank{rank}.pt")
+
+
+def errors(folder):
+    """What the run ended with, on each of the two processes."""
+    assert not (folder / "rank0.pt").exists()
+    return [(folder / f"error{rank}.txt").read_text() for rank in range(2)]
+
+
+def assert_close(found, others):
+    for name, weight in found.items():
         torch.testing.assert_close(weight, others[name], rtol=1e-4, atol=2e-6, msg=name)
 
 
 @needs_gloo
-def test_two_processes_train_as_one(straight):
-    folder, runs = straight
-    (one,), (first, second) = runs[1], runs[2]
+def test_two_processes_train_as_one(runs):
+    one, first, second = weights(runs / "one"), weights(runs / "two"), weights(runs / "two", 1)
     assert all(torch.equal(first[name], second[name]) for name in one)
     assert_close(one, first)
-    assert audit_checkpoint(folder / "2" / "model").ok
+    assert audit_checkpoint(runs / "two" / "model").ok
 
 
 @needs_gloo
-def test_a_resume_gives_the_same_bits(straight, tmp_path):
-    folder, runs = straight
-    resumed, _ = run(2, tmp_path / "run", folder / "2" / "checkpoint-3")
-    assert all(torch.equal(resumed[name], weight) for name, weight in runs[2][0].items())
+def test_a_resume_gives_the_same_bits(runs):
+    resumed, straight = weights(runs / "again"), weights(runs / "two")
+    assert all(torch.equal(resumed[name], weight) for name, weight in straight.items())
 
 
 @needs_gloo
-@pytest.mark.parametrize(("before", "after", "step"), [(1, 2, 3), (2, 1, 9)])
-def test_a_resume_on_another_number_of_processes(before, after, step, straight, tmp_path):
-    folder, runs = straight
-    resumed, *_ = run(after, tmp_path / "run", folder / str(before) / f"checkpoint-{step}")
-    assert_close(resumed, runs[before][0])
+@pytest.mark.parametrize(("before", "after"), [("one", "two"), ("two", "one")])
+def test_a_resume_on_another_number_of_processes(before, after, runs):
+    """From step 3, in phase 1, and from step 9, in phase 2."""
+    assert_close(weights(runs / f"{before}_to_{after}"), weights(runs / before))
 
 
 @needs_gloo
 @pytest.mark.parametrize("fault", ["weight", "anchor", "mask"])
-def test_replicas_that_drift_apart_are_noticed(fault, tmp_path):
+def test_replicas_that_drift_apart_are_noticed(fault, runs):
     """One entry of one tensor is changed on the second process only; it is named, with what it has spoilt since."""
-    stderr = run(2, tmp_path / "run", fault=fault, fails=True)
-    message = re.search(r"no longer hold the same values of: (.*?)\. Something changes", stderr)
     name = "bert.encoder.layer.1.output.dense.weight"
-    assert (name if fault == "weight" else f"{fault} of {name}") in message[1].split(", ")
+    for error in errors(runs / fault):
+        message = re.search(r"no longer hold the same values of: (.*?)\. Something changes", error)
+        assert (name if fault == "weight" else f"{fault} of {name}") in message[1].split(", ")
 
 
 @needs_gloo
-def test_an_evaluation_before_training_leaves_no_two_models(tmp_path):
+def test_an_evaluation_before_training_leaves_no_two_models(runs):
     """accelerate takes the model for prepared then: plain Trainer trains another one on each process, in silence."""
-    stderr = run(2, tmp_path / "run", fault="evaluated", fails=True)
-    assert "no longer hold the same values of: bert.encoder" in stderr and "evaluate() before train()" in stderr
+    for error in errors(runs / "evaluated"):
+        assert "no longer hold the same values of: bert.encoder" in error and "evaluate() before train()" in error
 
 
 @needs_gloo
-def test_a_bad_loss_on_one_process_stops_them_all(tmp_path):
+def test_a_bad_loss_on_one_process_stops_them_all(runs):
     """Each for itself, before its optimizer steps: none is left to wait for the others."""
-    stderr = run(2, tmp_path / "run", fault="loss", fails=True)
-    assert stderr.count("FloatingPointError: The norm of the gradients of step 8 is nan") >= 2
-    assert "checkpoint-6. Resume from there" in stderr
+    for error in errors(runs / "loss"):
+        assert error.startswith("FloatingPointError: The norm of the gradients of step 8 is nan")
+        assert "checkpoint-6. Resume from there" in error
 
 
 # ---- The digest itself ----

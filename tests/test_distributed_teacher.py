@@ -7,18 +7,22 @@ from launch import launch, needs_gloo, trains_shards
 from teacher_worker import build
 
 
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("taught")
+    build(1).save_pretrained(folder / "teacher")
+    kinds = ["trainer"] if trains_shards.args[0] else ["trainer", "sharded"]
+    for processes in (1, 2):
+        (folder / str(processes)).mkdir()
+        launch(processes, "teacher_worker.py", folder / str(processes), folder / "teacher", 8 // processes, *kinds)
+    return folder
+
+
 @needs_gloo
 @pytest.mark.parametrize("kind", ["trainer", pytest.param("sharded", marks=trains_shards)])
-def test_two_processes_are_taught_as_one(kind, tmp_path):
+def test_two_processes_are_taught_as_one(kind, runs):
     """By DDP in Trainer, and by FSDP2, which on a CPU is not to be had through Trainer. Batches of uneven length."""
-    build(1).save_pretrained(tmp_path / "teacher")
-    found = []
-    for processes in (1, 2):
-        folder = tmp_path / str(processes)
-        folder.mkdir()
-        launch(processes, "teacher_worker.py", folder, tmp_path / "teacher", 8 // processes, kind)
-        found.append([torch.load(folder / f"{rank}.pt") for rank in range(processes)])
-    (one,), (first, second) = found
+    one, first, second = (torch.load(runs / name) for name in (f"1/{kind}0.pt", f"2/{kind}0.pt", f"2/{kind}1.pt"))
     if kind == "trainer":
         assert first["logs"] == second["logs"] == pytest.approx(one["logs"], rel=1e-4)
     assert len(first["weights"]) > 30 and first["weights"].keys() == one["weights"].keys()
