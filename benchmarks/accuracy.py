@@ -47,6 +47,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--epochs", type=float, help="instead of the task's")
     parser.add_argument("--max_steps", type=int, default=-1, help="instead of epochs")
     parser.add_argument("--one_rate", action="store_true", help="leave out the other learning rates of the baselines")
+    parser.add_argument("--rates", nargs="+", type=float, help="instead of theirs, as multiples of the task's")
     parser.add_argument("--flags", nargs="+", default=[], metavar="NAME=VALUE", help="flags for all methods")
     parser.add_argument("--label", default="", help="tells apart runs of the same settings")
     parser.add_argument("--tune", action="store_true", help="judge on training rows that are held out")
@@ -87,7 +88,7 @@ def grid(args: argparse.Namespace) -> list[Spec]:
     placed = []
     order, chosen = list(METHODS), choose(args.methods)
     for name, method in chosen.items():
-        for rate in method.rates[:1] if args.one_rate or args.quick else method.rates:
+        for rate in args.rates or method.rates[: 1 if args.one_rate or args.quick else None]:
             for pattern in ["none"] if method.dense else args.patterns:
                 stage = _stage(method, pattern not in ("none", args.patterns[0]), rate != method.rates[0])
                 for seed, (index, task) in product(args.seeds, enumerate(args.tasks)):

@@ -11,6 +11,7 @@ from hf_admm import ADMMTrainingArguments
 
 NO_PENALTY = {"admm_penalty": "distance", "admm_rho": 0.0}  # with the rates of ours
 FIXED_MASK = {"srste_mask": "fixed", "srste_decay": 0.0}
+SR_STE = {"srste_mask": "dynamic", "srste_decay": 2e-4}
 # One phase and one schedule, at the rate of the others' first phase or at twice it, whichever does better.
 ONE_PHASE = {"admm_steps": 0.0, "srste_lr_multiplier": 1.0}
 
@@ -33,7 +34,7 @@ class Method:
         flags (`dict`, *optional*):
             Flags of `ADMMTrainingArguments` that differ from ours.
         kind (`str`, *optional*, defaults to `"ours"`):
-            How it trains: `"ours"` (ADMMTrainer), `"dense"`, `"pat"` or `"sparsegpt"`.
+            How it trains: `"ours"` (ADMMTrainer), the same after `"sparsegpt"` or `"layerwise"`, `"dense"` or `"pat"`.
         rates (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
             The learning rates to try, as multiples of the task's. The best by its mean over seeds is reported.
         stage (`int`, *optional*, defaults to 2):
@@ -91,7 +92,7 @@ _ALL = (
         "sr_ste",
         "SR-STE alone",
         "sparse from the first step, the published decay of 2e-4; the better of two learning rates",
-        ONE_PHASE | {"srste_mask": "dynamic", "srste_decay": 2e-4},
+        ONE_PHASE | SR_STE,
         rates=_TWO,
     ),
     Method(
@@ -100,6 +101,23 @@ _ALL = (
         "pruned by SparseGPT before training, with rows of the task; the better of two learning rates",
         ONE_PHASE | FIXED_MASK,
         kind="sparsegpt",
+        rates=_TWO,
+    ),
+    Method(
+        "layerwise",
+        "layer-wise ADMM, fixed mask",
+        "pruned by ADMM before training, layer by layer so that outputs change least, with rows of the task; the "
+        "better of two learning rates",
+        ONE_PHASE | FIXED_MASK,
+        kind="layerwise",
+        rates=_TWO,
+    ),
+    Method(
+        "layerwise_sr_ste",
+        "layer-wise ADMM, SR-STE",
+        "the same, and the mask goes on moving with the published decay of 2e-4",
+        ONE_PHASE | SR_STE,
+        kind="layerwise",
         rates=_TWO,
     ),
     Method(

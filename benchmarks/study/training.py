@@ -8,7 +8,8 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from benchmarks import peers
-from benchmarks.study import sparsegpt
+from benchmarks.study import layerwise, sparsegpt
+from benchmarks.study.calibration import prune_model
 from benchmarks.study.methods import Method
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, parse_pattern, select_targets, sparsity_mask
 from hf_admm.sparsity.patterns import NMPattern
@@ -17,6 +18,7 @@ from hf_admm.training.learning_rate import phase_scheduler
 
 CALIBRATION_ROWS = 256
 AVERAGED = 0.1  # the last part of a run whose weights are averaged
+_BEFORE_TRAINING = {"sparsegpt": sparsegpt.prune, "layerwise": layerwise.prune}
 
 
 class TwoSegmentTrainer(Trainer):
@@ -137,7 +139,7 @@ def build(
     Raises:
         `ValueError`: If the method knows nothing of the pattern.
     """
-    if method.kind in ("pat", "sparsegpt") and not isinstance(parse_pattern(pattern), NMPattern):
+    if method.kind in ("pat", *_BEFORE_TRAINING) and not isinstance(parse_pattern(pattern), NMPattern):
         raise ValueError(f"{method.title} prunes to N:M, not to {pattern!r}.")
     if method.kind in ("dense", "pat"):
         args = ADMMTrainingArguments(**arguments | {"sparsity_pattern": "none"})
@@ -152,11 +154,12 @@ def build(
         optimizer = peers.pat_optimizer(model, names, args, parsed.kept, parsed.group_size)
         return Trainer(model=model, args=args, optimizers=(optimizer, None), **parts)
     args = ADMMTrainingArguments(**arguments | {"sparsity_pattern": pattern})
-    if method.kind == "sparsegpt":
+    if method.kind in _BEFORE_TRAINING:
         rows = range(min(CALIBRATION_ROWS, len(parts["train_dataset"])))
         # One by one: padding would be part of the statistics.
         names = select_targets(model, args.pattern, args.include, args.exclude).targets
-        sparsegpt.prune_model(model, names, pattern, lambda m: [m(**encode([row])) for row in rows])
+        run = lambda model: [model(**encode([row])) for row in rows]  # noqa: E731
+        prune_model(model, names, pattern, run, _BEFORE_TRAINING[method.kind])
     trainer = ADMMTrainer(model=model, args=args, **parts)
     observer = Observer(saves, before)
     trainer.add_callback(observer)

@@ -161,10 +161,11 @@ def test_kinds_of_trainers(tiny_bert, token_data, tmp_path):
     assert isinstance(made("dense"), TwoSegmentTrainer) and not isinstance(made("dense"), ADMMTrainer)
     assert made("sr_ste").args.admm_steps == 0 and made("sr_ste").args.srste_mask == "dynamic"
     assert made("asp").args.rho == 0 and made("asp").args.srste_mask == "fixed"
-    pruned = made("sparsegpt").model.bert.encoder.layer[0].output.dense.weight
-    assert (pruned == 0).float().mean() == 0.5
     start = tiny_bert().bert.encoder.layer[0].output.dense.weight
-    assert not torch.equal(pruned[pruned != 0], start[pruned != 0]), "what is left was not moved"
+    for name in ("sparsegpt", "layerwise", "layerwise_sr_ste"):
+        pruned = made(name).model.bert.encoder.layer[0].output.dense.weight
+        assert (pruned == 0).float().mean() == 0.5, name
+        assert not torch.equal(pruned[pruned != 0], start[pruned != 0]), f"{name}: what is left was not moved"
 
 
 def test_rivals_of_n_m_alone_refuse_other_patterns(tiny_bert):

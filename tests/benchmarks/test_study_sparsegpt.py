@@ -4,34 +4,11 @@ from itertools import combinations
 
 import pytest
 import torch
-from torch import nn
 
-from benchmarks.study.sparsegpt import Hessian, prune, prune_model
+from benchmarks.study.sparsegpt import prune
 from hf_admm import parse_pattern, sparsity_mask
 from hf_admm.audit import audit_weights
-
-
-def data(columns, rows=200, seed=0):
-    """Inputs whose columns depend on each other."""
-    generator = torch.Generator().manual_seed(seed)
-    mixing = torch.randn(columns, columns, generator=generator)
-    return torch.randn(rows, columns, generator=generator) @ mixing
-
-
-def hessian_of(inputs):
-    hessian = Hessian(inputs.shape[1])
-    for part in inputs.split(37):
-        hessian.add(part)
-    return hessian.matrix
-
-
-def error(weight, pruned, inputs):
-    return ((weight - pruned) @ inputs.T).square().sum().item()
-
-
-def test_hessian_is_the_same_in_parts():
-    inputs = data(8)
-    assert torch.allclose(hessian_of(inputs), 2 / len(inputs) * inputs.T @ inputs, rtol=1e-4)
+from layer_inputs import best_of, data, error, hessian_of
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (1, 4), (4, 8), (3, 4)])
@@ -79,17 +56,10 @@ def test_one_group_lies_between_the_best_there_is_and_magnitude():
     hessian = hessian_of(inputs)
     for seed in range(20):
         weight = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
-        best = min(error(weight, _solve(weight, inputs, list(kept)), inputs) for kept in combinations(range(4), 2))
+        best = min(error(weight, best_of(weight, inputs, list(kept)), inputs) for kept in combinations(range(4), 2))
         found = error(weight, prune(weight, hessian, 2, 4, damp=1e-6), inputs)
         assert best * (1 - 1e-4) <= found
     assert found < error(weight, weight * sparsity_mask(weight, parse_pattern("2:4")), inputs)
-
-
-def _solve(weight, inputs, kept):
-    solution = torch.linalg.lstsq(inputs[:, kept], inputs @ weight[0]).solution
-    full = torch.zeros(1, 4)
-    full[0, kept] = solution
-    return full
 
 
 def test_inputs_that_are_always_zero_are_pruned_first():
@@ -104,35 +74,3 @@ def test_inputs_that_are_always_zero_are_pruned_first():
 def test_groups_that_do_not_fit_are_refused():
     with pytest.raises(ValueError, match="6 inputs has no groups of 4"):
         prune(torch.ones(2, 6), torch.eye(6), 2, 4)
-
-
-class Blocks(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
-
-    def forward(self, inputs):
-        for layer in self.layers:
-            inputs = torch.relu(layer(inputs))
-        return inputs
-
-
-def test_a_later_block_sees_the_pruned_blocks_before_it():
-    torch.manual_seed(0)
-    model, inputs = Blocks(), data(16)
-    first, second = (layer.weight.detach().clone() for layer in model.layers)
-    bias = model.layers[0].bias.detach()
-    calls = []
-    prune_model(model, [f"layers.{i}.weight" for i in range(2)], "2:4", lambda m: calls.append(m(inputs)))
-    assert len(calls) == 2 and model.training
-    pruned = prune(first, hessian_of(inputs), 2, 4)
-    assert torch.allclose(model.layers[0].weight, pruned, atol=1e-5)
-    between = torch.relu(inputs @ pruned.T + bias)
-    assert torch.allclose(model.layers[1].weight, prune(second, hessian_of(between), 2, 4), atol=1e-4)
-
-
-def test_what_it_can_not_prune_is_refused(tiny_gpt2):
-    with pytest.raises(ValueError, match="for N:M, not for '4x4:8'"):
-        prune_model(Blocks(), ["layers.0.weight"], "4x4:8", lambda model: None)
-    with pytest.raises(ValueError, match=r"nn.Linear alone, not transformer.h.0.attn.c_attn.weight"):
-        prune_model(tiny_gpt2(), ["transformer.h.0.attn.c_attn.weight"], "2:4", lambda model: None)

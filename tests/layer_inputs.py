@@ -1,0 +1,31 @@
+"""Inputs of a layer, and what pruning it costs, for the tests of what is pruned before training."""
+
+import torch
+
+from benchmarks.study.calibration import Hessian
+
+
+def data(columns, rows=200, seed=0):
+    """Inputs whose columns depend on each other."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(columns, columns, generator=generator)
+    return torch.randn(rows, columns, generator=generator) @ mixing
+
+
+def hessian_of(inputs):
+    hessian = Hessian(inputs.shape[1])
+    for part in inputs.split(37):
+        hessian.add(part)
+    return hessian.matrix
+
+
+def error(weight, pruned, inputs):
+    return ((weight - pruned) @ inputs.T).square().sum().item()
+
+
+def best_of(weight, inputs, kept):
+    """The best row with nothing but these entries, by least squares."""
+    solution = torch.linalg.lstsq(inputs[:, kept], inputs @ weight[0]).solution
+    full = torch.zeros_like(weight)
+    full[0, kept] = solution
+    return full
