@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from hf_admm.audit import audit_checkpoint
     from hf_admm.export import export_onnx
     from hf_admm.inference import accelerate_inference, restore_dense
+    from hf_admm.one_shot import prune_one_shot
     from hf_admm.sparsity.patterns import parse_pattern
     from hf_admm.sparsity.projections import project, sparsity_mask
     from hf_admm.sparsity.targets import select_targets
@@ -34,6 +35,7 @@ _HOMES = {
     "merge_sparse_adapter": "adapters",
     "parse_pattern": "sparsity.patterns",
     "project": "sparsity.projections",
+    "prune_one_shot": "one_shot",
     "restore_dense": "inference",
     "select_targets": "sparsity.targets",
     "sparsity_mask": "sparsity.projections",
@@ -51,6 +53,7 @@ __all__ = [
     "merge_sparse_adapter",
     "parse_pattern",
     "project",
+    "prune_one_shot",
     "restore_dense",
     "select_targets",
     "sparsity_mask",

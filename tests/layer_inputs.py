@@ -2,7 +2,7 @@
 
 import torch
 
-from benchmarks.study.calibration import Hessian
+from hf_admm.one_shot import InputMoments
 
 
 def data(columns, rows=200, seed=0):
@@ -12,11 +12,11 @@ def data(columns, rows=200, seed=0):
     return torch.randn(rows, columns, generator=generator) @ mixing
 
 
-def hessian_of(inputs):
-    hessian = Hessian(inputs.shape[1])
+def moments_of(inputs):
+    moments = InputMoments(inputs.shape[1])
     for part in inputs.split(37):
-        hessian.add(part)
-    return hessian.matrix
+        moments.add(part)
+    return moments.matrix
 
 
 def error(weight, pruned, inputs):

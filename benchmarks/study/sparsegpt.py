@@ -18,7 +18,7 @@ def prune(weight: torch.Tensor, hessian: torch.Tensor, kept: int, group: int, da
         weight (`torch.Tensor` of shape `(out_features, in_features)`):
             The weight; left as it is.
         hessian (`torch.Tensor` of shape `(in_features, in_features)`):
-            See [`~calibration.Hessian`].
+            The second moments of its inputs, or a multiple of them.
         kept (`int`), group (`int`):
             N and M.
         damp (`float`, *optional*, defaults to 0.01):

@@ -1,6 +1,7 @@
 """How each kind of method trains, and what is observed on the way."""
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -8,17 +9,17 @@ from torch.optim.swa_utils import AveragedModel
 from transformers import PreTrainedModel, Trainer, TrainerCallback
 
 from benchmarks import peers
-from benchmarks.study import layerwise, sparsegpt
-from benchmarks.study.calibration import prune_model
+from benchmarks.study import sparsegpt
 from benchmarks.study.methods import Method
-from hf_admm import ADMMTrainer, ADMMTrainingArguments, parse_pattern, select_targets, sparsity_mask
+from hf_admm import ADMMTrainer, ADMMTrainingArguments, parse_pattern, prune_one_shot, select_targets, sparsity_mask
+from hf_admm.one_shot import prune_in_blocks
 from hf_admm.sparsity.patterns import NMPattern
 from hf_admm.training.learning_rate import phase_scheduler
 
 
 CALIBRATION_ROWS = 256
 AVERAGED = 0.1  # the last part of a run whose weights are averaged
-_BEFORE_TRAINING = {"sparsegpt": sparsegpt.prune, "layerwise": layerwise.prune}
+_ONE_SHOT = ("sparsegpt", "layerwise")
 
 
 class TwoSegmentTrainer(Trainer):
@@ -139,7 +140,7 @@ def build(
     Raises:
         `ValueError`: If the method knows nothing of the pattern.
     """
-    if method.kind in ("pat", *_BEFORE_TRAINING) and not isinstance(parse_pattern(pattern), NMPattern):
+    if method.kind in ("pat", *_ONE_SHOT) and not isinstance(parse_pattern(pattern), NMPattern):
         raise ValueError(f"{method.title} prunes to N:M, not to {pattern!r}.")
     if method.kind in ("dense", "pat"):
         args = ADMMTrainingArguments(**arguments | {"sparsity_pattern": "none"})
@@ -154,12 +155,15 @@ def build(
         optimizer = peers.pat_optimizer(model, names, args, parsed.kept, parsed.group_size)
         return Trainer(model=model, args=args, optimizers=(optimizer, None), **parts)
     args = ADMMTrainingArguments(**arguments | {"sparsity_pattern": pattern})
-    if method.kind in _BEFORE_TRAINING:
-        rows = range(min(CALIBRATION_ROWS, len(parts["train_dataset"])))
+    if method.kind in _ONE_SHOT:
         # One by one: padding would be part of the statistics.
-        names = select_targets(model, args.pattern, args.include, args.exclude).targets
-        run = lambda model: [model(**encode([row])) for row in rows]  # noqa: E731
-        prune_model(model, names, pattern, run, _BEFORE_TRAINING[method.kind])
+        rows = [encode([row]) for row in range(min(CALIBRATION_ROWS, len(parts["train_dataset"])))]
+        if method.kind == "layerwise":
+            prune_one_shot(model, rows, pattern, args.include, args.exclude)
+        else:
+            targets = select_targets(model, args.pattern, args.include, args.exclude).targets
+            prune = partial(sparsegpt.prune, kept=args.pattern.kept, group=args.pattern.group_size)
+            prune_in_blocks(model, targets, rows, prune)
     trainer = ADMMTrainer(model=model, args=args, **parts)
     observer = Observer(saves, before)
     trainer.add_callback(observer)

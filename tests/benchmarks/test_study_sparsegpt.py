@@ -8,7 +8,7 @@ import torch
 from benchmarks.study.sparsegpt import prune
 from hf_admm import parse_pattern, sparsity_mask
 from hf_admm.audit import audit_weights
-from layer_inputs import best_of, data, error, hessian_of
+from layer_inputs import best_of, data, error, moments_of
 
 
 @pytest.mark.parametrize(("kept", "group"), [(2, 4), (1, 4), (4, 8), (3, 4)])
@@ -22,7 +22,7 @@ def test_identity_gives_magnitude_pruning(kept, group):
 def test_output_changes_less_than_by_magnitude(kept, group):
     weight, inputs = torch.randn(16, 160, generator=torch.Generator().manual_seed(2)), data(160, rows=1000)
     before = weight.clone()
-    pruned = prune(weight, hessian_of(inputs), kept, group)
+    pruned = prune(weight, moments_of(inputs), kept, group)
     assert torch.equal(weight, before), "the weight itself was changed"
     assert audit_weights([("w", pruned, False)], f"{kept}:{group}").ok
     magnitude = weight * sparsity_mask(weight, parse_pattern(f"{kept}:{group}"))
@@ -53,7 +53,7 @@ def test_columns_follow_the_exact_update_of_optimal_brain_surgeon():
 
 def test_one_group_lies_between_the_best_there_is_and_magnitude():
     inputs = data(4)
-    hessian = hessian_of(inputs)
+    hessian = moments_of(inputs)
     for seed in range(20):
         weight = torch.randn(1, 4, generator=torch.Generator().manual_seed(seed))
         best = min(error(weight, best_of(weight, inputs, list(kept)), inputs) for kept in combinations(range(4), 2))
@@ -67,7 +67,7 @@ def test_inputs_that_are_always_zero_are_pruned_first():
     inputs[:, [1, 5]] = 0
     weight = torch.ones(3, 8)
     weight[:, [1, 5]] = 1000  # however large
-    pruned = prune(weight, hessian_of(inputs), 3, 4)
+    pruned = prune(weight, moments_of(inputs), 3, 4)
     assert torch.equal(pruned[:, [1, 5]], torch.zeros(3, 2)) and (pruned != 0).sum() == 18
 
 

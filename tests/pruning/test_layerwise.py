@@ -6,13 +6,18 @@ import pytest
 import torch
 
 from benchmarks.study import sparsegpt
-from benchmarks.study.layerwise import prune
 from hf_admm import parse_pattern, sparsity_mask
 from hf_admm.audit import audit_weights
-from layer_inputs import best_of, data, error, hessian_of
+from hf_admm.pruning.layerwise import output_error, prune_layer
+from hf_admm.sparsity.patterns import NMPattern
+from layer_inputs import best_of, data, error, moments_of
 
 
 PATTERNS = [(2, 4), (1, 4), (4, 8), (3, 4)]
+
+
+def prune(weight, moments, kept, group, **options):
+    return prune_layer(weight, moments, NMPattern(kept, group), **options)
 
 
 @pytest.mark.parametrize(("kept", "group"), PATTERNS)
@@ -25,7 +30,7 @@ def test_identity_gives_magnitude_pruning(kept, group):
 @pytest.mark.parametrize(("kept", "group"), PATTERNS)
 def test_output_changes_less_than_by_sparsegpt(kept, group):
     weight, inputs = torch.randn(16, 160, generator=torch.Generator().manual_seed(2)), data(160, rows=1000)
-    before, hessian = weight.clone(), hessian_of(inputs)
+    before, hessian = weight.clone(), moments_of(inputs)
     pruned = prune(weight, hessian, kept, group)
     assert torch.equal(weight, before), "the weight itself was changed"
     assert audit_weights([("w", pruned, False)], f"{kept}:{group}").ok
@@ -35,7 +40,7 @@ def test_output_changes_less_than_by_sparsegpt(kept, group):
 
 def test_what_is_kept_is_the_best_there_is_within_the_mask():
     weight, inputs = torch.randn(5, 24, generator=torch.Generator().manual_seed(3)), data(24)
-    pruned = prune(weight, hessian_of(inputs), 2, 4, damp=1e-6)
+    pruned = prune(weight, moments_of(inputs), 2, 4, damp=1e-6)
     for row, found in zip(weight, pruned, strict=True):
         best = best_of(row[None], inputs, found.nonzero().flatten().tolist())
         torch.testing.assert_close(found[None], best, rtol=1e-2, atol=1e-3)
@@ -50,12 +55,46 @@ def test_the_best_mask_of_two_groups_is_often_found():
         weight = torch.randn(1, 8, generator=torch.Generator().manual_seed(seed))
         errors = [error(weight, best_of(weight, inputs, mask), inputs) for mask in masks]
         for how, found in ranks.items():
-            mask = how(weight, hessian_of(inputs), 2, 4, damp=1e-6)[0].nonzero().flatten().tolist()
+            mask = how(weight, moments_of(inputs), 2, 4, damp=1e-6)[0].nonzero().flatten().tolist()
             found.append(sum(other < errors[masks.index(mask)] for other in errors))
     best = {how: found.count(0) for how, found in ranks.items()}
     assert best[prune] >= 20 and best[prune] > best[sparsegpt.prune], best
 
 
+@pytest.mark.parametrize("pattern", ["4x4:8", "2x8:5", "0.25"])
+def test_blocks_and_densities_change_outputs_less_than_by_magnitude(pattern):
+    weight, inputs = torch.randn(16, 160, generator=torch.Generator().manual_seed(2)), data(160, rows=1000)
+    pattern = parse_pattern(pattern)
+    pruned = prune_layer(weight, moments_of(inputs), pattern)
+    magnitude = weight * sparsity_mask(weight, pattern)
+    assert (pruned != 0).sum() == (magnitude != 0).sum() and audit_weights([("w", pruned, False)], str(pattern)).ok
+    assert error(weight, pruned, inputs) < 0.5 * error(weight, magnitude, inputs)
+
+
+def test_the_error_is_that_of_the_outputs():
+    weight, inputs = torch.randn(5, 24, generator=torch.Generator().manual_seed(3)), data(24)
+    pruned = weight * sparsity_mask(weight, parse_pattern("2:4"))
+    expected = (((weight - pruned) @ inputs.T).norm() / (weight @ inputs.T).norm()).item()
+    assert output_error(weight, pruned, moments_of(inputs)) == pytest.approx(expected, rel=1e-3)
+    assert output_error(weight, weight, moments_of(inputs)) == 0
+    assert output_error(torch.zeros(2, 4), torch.zeros(2, 4), torch.eye(4)) == 0
+
+
+def test_inputs_that_are_always_zero_are_pruned_first():
+    inputs = data(8)
+    inputs[:, [1, 5]] = 0
+    weight = torch.ones(3, 8)
+    weight[:, [1, 5]] = 1.5
+    pruned = prune(weight, moments_of(inputs), 3, 4)
+    assert not pruned[:, [1, 5]].any() and (pruned != 0).sum() == 18
+
+
+def test_without_any_input_the_largest_stay():
+    weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
+    expected = weight * sparsity_mask(weight, parse_pattern("2:4"))
+    torch.testing.assert_close(prune(weight, torch.zeros(8, 8), 2, 4), expected)
+
+
 def test_groups_that_do_not_fit_are_refused():
-    with pytest.raises(ValueError, match="input dimension 6 is not a multiple of 4"):
+    with pytest.raises(ValueError, match="6 is not a multiple of 4|does not fit"):
         prune(torch.ones(2, 6), torch.eye(6), 2, 4)

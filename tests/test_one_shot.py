@@ -1,0 +1,163 @@
+"""A model is pruned in one shot: to the pattern exactly, block after block, and all of it or nothing."""
+
+import pytest
+import torch
+from torch import nn
+from transformers import BertForSequenceClassification
+
+from hf_admm import (
+    ADMMTrainer,
+    ADMMTrainingArguments,
+    audit_checkpoint,
+    one_shot,
+    parse_pattern,
+    prune_one_shot,
+    sparsity_mask,
+)
+from hf_admm.audit import audit_weights
+from hf_admm.one_shot import InputMoments, OneShotReport
+from hf_admm.pruning.layerwise import prune_layer
+from layer_inputs import data, moments_of
+
+
+def batches_of(rows, size=4):
+    """Of a tiny model's examples, without their labels."""
+    inputs = torch.stack([row["input_ids"] for row in rows])
+    return [{"input_ids": part} for part in inputs.split(size)]
+
+
+class Blocks(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+        self.head = nn.Linear(16, 2)
+
+    def forward(self, inputs):
+        for layer in self.layers:
+            inputs = torch.relu(layer(inputs))
+        return self.head(inputs)
+
+
+def test_moments_are_the_same_in_parts():
+    inputs = data(8)
+    assert torch.allclose(moments_of(inputs), inputs.T @ inputs / len(inputs), rtol=1e-4)
+
+
+def test_padding_does_not_count():
+    inputs, tokens = data(8, rows=12).view(3, 4, 8), torch.tensor([[1, 1, 0, 0], [1, 1, 1, 1], [0, 0, 0, 0]])
+    moments = InputMoments(8)
+    moments.add(inputs, tokens)
+    assert moments.rows == 6
+    torch.testing.assert_close(moments.matrix, moments_of(torch.cat([inputs[0, :2], inputs[1]])))
+    moments.add(inputs[:, :0], tokens)  # of another shape, and empty
+    moments.add(inputs[:, 0], tokens)
+    assert moments.rows == 9
+
+
+def test_a_later_block_sees_the_pruned_blocks_before_it():
+    torch.manual_seed(0)
+    model, inputs, pattern = Blocks(), data(16), parse_pattern("2:4")
+    first, second = (layer.weight.detach().clone() for layer in model.layers)
+    report = prune_one_shot(model, [{"inputs": part} for part in inputs.split(50)], "2:4")
+    assert list(report.errors) == ["layers.0.weight", "layers.1.weight"] and model.training
+    pruned = prune_layer(first, moments_of(inputs), pattern)
+    torch.testing.assert_close(model.layers[0].weight.detach(), pruned, rtol=1e-3, atol=1e-4)
+    between = torch.relu(inputs @ pruned.T + model.layers[0].bias.detach())
+    expected = prune_layer(second, moments_of(between), pattern)
+    torch.testing.assert_close(model.layers[1].weight.detach(), expected, rtol=1e-3, atol=1e-3)
+    change = (between @ (second - expected).T).norm() / (between @ second.T).norm()
+    assert report.errors["layers.1.weight"] == pytest.approx(change.item(), rel=0.01)
+    assert report.table().splitlines()[-1] == "2 weights pruned to 2:4."
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4", "4x4:8", "0.5"])
+@pytest.mark.parametrize("name", ["tiny_bert", "tiny_gpt2"])
+def test_models_obey_the_pattern_and_answer_better_than_by_magnitude(name, pattern, request, token_data):
+    """GPT-2's Conv1D is stored the other way round."""
+    build, rows = request.getfixturevalue(name), batches_of(token_data(64))
+    model, magnitude, dense = build().eval(), build().eval(), build().eval()
+    report = prune_one_shot(model, rows, pattern)
+    transposed = name == "tiny_gpt2"
+    assert len(report.errors) >= 8
+    assert audit_weights([(n, model.get_parameter(n), transposed) for n in report.errors], pattern).ok
+    with torch.no_grad():
+        for n in report.errors:
+            weight = magnitude.get_parameter(n)
+            weight.mul_(sparsity_mask(weight, parse_pattern(pattern), transposed))
+        changes = [
+            sum((other(**batch).logits - dense(**batch).logits).square().sum().item() for batch in rows)
+            for other in (model, magnitude)
+        ]
+    assert changes[0] < changes[1]
+
+
+def test_bfloat16_stays_and_the_random_state_too(tiny_bert, token_data):
+    model, before = tiny_bert().to(torch.bfloat16), torch.get_rng_state()
+    report = prune_one_shot(model, batches_of(token_data(16)), "2:4")
+    assert torch.equal(torch.get_rng_state(), before)
+    weights = [(name, model.get_parameter(name), False) for name in report.errors]
+    assert {weight.dtype for _, weight, _ in weights} == {torch.bfloat16} and audit_weights(weights, "2:4").ok
+
+
+def test_it_is_fine_tuned_under_its_mask(tiny_bert, token_data, tmp_path):
+    """As the docstring says: what is zero stays zero, to the plain checkpoint."""
+    model, rows = tiny_bert(), token_data(32)
+    report = prune_one_shot(model, batches_of(rows), "1:4")
+    zeros = {name: model.get_parameter(name) == 0 for name in report.errors}
+    args = ADMMTrainingArguments(
+        str(tmp_path), sparsity_pattern="1:4", admm_steps=0, srste_mask="fixed", srste_lr_multiplier=1.0, max_steps=6,
+        learning_rate=0.01, use_cpu=True, report_to="none", save_strategy="no",
+    )  # fmt: skip
+    trainer = ADMMTrainer(model, args, train_dataset=rows)
+    trainer.train()
+    trainer.save_model(str(tmp_path / "model"))
+    assert audit_checkpoint(tmp_path / "model", "1:4").ok
+    saved = BertForSequenceClassification.from_pretrained(tmp_path / "model")
+    assert all(not saved.get_parameter(name)[mask].any() for name, mask in zeros.items())
+    start = tiny_bert()
+    assert all(not torch.equal(saved.get_parameter(name), start.get_parameter(name)) for name in zeros)
+
+
+class Attention(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList([nn.MultiheadAttention(16, 2, batch_first=True)])
+        self.linear = nn.ModuleList([nn.Linear(16, 16)])
+
+    def forward(self, inputs):
+        return self.linear[0](self.layers[0](inputs, inputs, inputs)[0])
+
+
+def test_what_no_batch_reaches_is_refused_before_anything_changes():
+    model, batch = Attention(), [{"inputs": data(16, rows=12).view(3, 4, 16)}]
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"layers\.0\.in_proj_weight, layers\.0\.out_proj\.weight.*sparsity_exclude"):
+        prune_one_shot(model, batch)
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert list(prune_one_shot(model, batch, sparsity_exclude="layers.*").errors) == ["linear.0.weight"]
+
+
+def test_a_failure_half_way_leaves_the_model_as_it_was():
+    model = Blocks()
+    with torch.no_grad():
+        model.layers[0].bias[3] = float("inf")
+    model.layers[1].eval()
+    modes = [module.training for module in model.modules()]
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"inputs of layers\.1\.weight are not finite"):
+        prune_one_shot(model, [{"inputs": data(16)}])
+    assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
+    assert [module.training for module in model.modules()] == modes and not any(
+        layer._forward_pre_hooks for layer in model.layers
+    )
+
+
+def test_user_errors(monkeypatch):
+    with pytest.raises(ValueError, match='"own" keeps zeros and makes none'):
+        prune_one_shot(Blocks(), [{}], "own")
+    monkeypatch.setattr(one_shot, "DTensor", nn.Parameter)
+    with pytest.raises(ValueError, match=r"in one shot: layers\.0\.weight, layers\.1\.weight\. Prune before sharding"):
+        prune_one_shot(Blocks(), [{"inputs": data(16)}])
+    with pytest.raises(ValueError, match="There is no batch"):
+        prune_one_shot(Blocks(), [])
+    assert OneShotReport(parse_pattern("2:4"), {"w": 0.25}).table().splitlines()[1].split() == ["w", "25.0%"]
