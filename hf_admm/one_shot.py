@@ -110,9 +110,12 @@ def prune_one_shot(
     Example:
 
     ```python
-    from hf_admm import prune_one_shot
+    from torch.utils.data import DataLoader
+    from transformers import DataCollatorWithPadding
 
-    batches = [{"input_ids": row["input_ids"][None]} for row in train]
+    from hf_admm import ADMMTrainer, ADMMTrainingArguments, prune_one_shot
+
+    batches = list(DataLoader(train, batch_size=8, collate_fn=DataCollatorWithPadding(tokenizer)))[:32]
     print(prune_one_shot(model, batches, "1:4").table())
     args = ADMMTrainingArguments(
         "out", sparsity_pattern="1:4", admm_steps=0, srste_mask="fixed", srste_lr_multiplier=1.0, learning_rate=2e-4
