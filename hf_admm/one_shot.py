@@ -97,8 +97,10 @@ def prune_one_shot(
             models, whose decoder has other positions.
         sparsity_pattern (`str`, *optional*, defaults to `"2:4"`):
             `"N:M"`, `"RxC:K"` or a density.
-        sparsity_include, sparsity_exclude (`list[str]` or `str`, *optional*):
+        sparsity_include (`list[str]` or `str`, *optional*):
             As in [`ADMMTrainingArguments`].
+        sparsity_exclude (`list[str]` or `str`, *optional*):
+            As there.
 
     Returns:
         [`OneShotReport`]: How much of each layer's output was changed.
