@@ -152,13 +152,20 @@ class Study:
         """What was not run of the grid that the lines span, for the docs."""
         gaps = []
         for pattern in self.patterns:
+            untouched = []
             for method in methods:
+                seeds = {}
                 for task in self.tasks:
                     done = {seed for _, seed, _ in self.values(method, pattern, task)}
-                    seeds = [seed for seed in self.seeds if seed not in done]
-                    name = method if method in DENSE else f"{method} at {pattern}"
-                    if seeds:
-                        gaps.append(f"{name}, {task}: seeds {', '.join(map(str, seeds))}")
+                    seeds[task] = [seed for seed in self.seeds if seed not in done]
+                if all(absent == self.seeds for absent in seeds.values()):
+                    untouched.append(method)
+                elif parts := [
+                    f"{task} seeds {', '.join(map(str, absent))}" for task, absent in seeds.items() if absent
+                ]:
+                    gaps.append(f"{method if method in DENSE else f'{method} at {pattern}'}: {'; '.join(parts)}")
+            if untouched:
+                gaps.append(f"at {pattern} on any task: {', '.join(untouched)}")
         return list(dict.fromkeys(gaps))
 
 

@@ -12,7 +12,7 @@ from hf_admm.arguments import ADMMArgumentsMixin
 
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
-README_ROWS = 8
+README_ROWS = 12
 OURS = "ours"
 _GIVEN = ("sparsity_pattern", "distill_teacher")  # by the place in the study, and by what it trains before
 _OF_FURTHER_ROWS = {"sst2": " (some are phrases of sentences that runs do train on)"}
@@ -43,7 +43,7 @@ def page(lines: Sequence[dict], figures: Sequence[Path] = ()) -> str:
 
 
 def short_table(lines: Sequence[dict]) -> str:
-    """The README's table: a row for each method and pattern, at most eight, with its metrics and share of dense."""
+    """The README's table: a row for each method and pattern, at most twelve, with its metrics and share of dense."""
     study = Study(lines)
     if not study.lines:
         return EMPTY.strip()

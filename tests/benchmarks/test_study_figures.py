@@ -108,7 +108,7 @@ def test_missing_names_what_the_grid_lacks(make_line):
     lines = [make_line("ours", 0.5, task, seed) for task in ("mrpc", "cola") for seed in (1, 2)]
     lines += [make_line("asp", 0.5, "mrpc", seed) for seed in (1, 2)] + [make_line("dense", 0.5, "mrpc", 1)]
     assert Study(lines).missing(["dense", "ours", "asp"]) == [
-        "dense, cola: seeds 1, 2",
-        "dense, mrpc: seeds 2",
-        "asp at 2:4, cola: seeds 1, 2",
+        "dense: cola seeds 1, 2; mrpc seeds 2",
+        "asp at 2:4: cola seeds 1, 2",
     ]
+    assert Study(lines).missing(["sr_ste", "pat"]) == ["at 2:4 on any task: sr_ste, pat"]
