@@ -112,7 +112,7 @@ def test_short_table_has_at_most_so_many_rows(lines, make_line, monkeypatch):
     text = report.short_table(lines)
     assert text.splitlines()[0] == "| | cola (accuracy) | mrpc (accuracy) | share of dense |"
     assert "| ASP, 2:4 | " in text and "95 % intervals" in text and "2 tasks of GLUE, 1 to 3 seeds a figure" in text
-    assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 8
+    assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 12
     monkeypatch.setattr(report, "README_ROWS", 3)
     assert sum(line.startswith("| ") for line in report.short_table(lines).splitlines()) == 2 + 3
 
