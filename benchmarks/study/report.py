@@ -12,7 +12,7 @@ from hf_admm.arguments import ADMMArgumentsMixin
 
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
-README_ROWS = 12
+README_ROWS = 8
 OURS = "ours"
 _GIVEN = ("sparsity_pattern", "distill_teacher")  # by the place in the study, and by what it trains before
 _OF_FURTHER_ROWS = {"sst2": " (some are phrases of sentences that runs do train on)"}
@@ -43,13 +43,18 @@ def page(lines: Sequence[dict], figures: Sequence[Path] = ()) -> str:
 
 
 def short_table(lines: Sequence[dict]) -> str:
-    """The README's table: a row for each method and pattern, at most twelve, with its metrics and share of dense."""
+    """
+    The README's table: a row for each method and pattern with its metrics and share of dense, at most eight. If there
+    are more, those of a single run are the first to be left to the page.
+    """
     study = Study(lines)
     if not study.lines:
         return EMPTY.strip()
     metrics = {line["task"]: line["metric"] for line in study.lines}
     found = [("none", study.reference)] if study.reference else []
     found += [(pattern, name) for pattern in study.patterns for name in _sorted(study.methods(pattern))]
+    if len(found) > README_ROWS:
+        found = [(pattern, name) for pattern, name in found if len(study.values(name, pattern)) > 1]
     rows = [f"| | {' | '.join(f'{task} ({metrics[task]})' for task in study.tasks)} | share of dense |"]
     rows.append(f"| --- |{' --- |' * (len(study.tasks) + 1)}")
     for pattern, name in found[:README_ROWS]:
