@@ -9,9 +9,9 @@ from itertools import groupby
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 
 from hf_admm.pruning.layerwise import output_error, prune_layer
+from hf_admm.pruning.shards import DTensor
 from hf_admm.sparsity.patterns import OwnPattern, SparsityPattern, parse_pattern
 from hf_admm.sparsity.targets import select_targets
 from hf_admm.sparsity.verdicts import Target
