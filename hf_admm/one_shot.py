@@ -2,7 +2,7 @@
 
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
@@ -167,15 +167,15 @@ def prune_in_blocks(
     before, errors = {}, {}
     model.eval()
     try:
-        reached = _inputs(model, targets, batches, count_only=True)
-        if missed := [name for name, moments in reached.items() if not moments.rows]:
+        reached = set()
+        _run(model, targets, batches, lambda name, inputs, tokens: reached.add(name))
+        if missed := [name for name in targets if name not in reached]:
             raise ValueError(
                 f"The batches do not reach the forward of these layers: {', '.join(missed)}. Parts of "
                 "nn.MultiheadAttention and unused experts are such. Name them in sparsity_exclude, or give more rows."
             )
         for _, block in groupby(targets, key=_block):
-            names = list(block)
-            for name, moments in _inputs(model, {name: targets[name] for name in names}, batches).items():
+            for name, moments in _moments(model, {name: targets[name] for name in block}, batches).items():
                 if not moments.matrix.isfinite().all():
                     raise ValueError(f"The inputs of {name} are not finite: the batches or the model are damaged.")
                 weight = model.get_parameter(name)
@@ -199,41 +199,28 @@ def _block(name: str) -> str:
     return (re.match(r".*?\d+", name) or [name])[0]
 
 
-def _inputs(model, targets, batches, count_only=False) -> dict[str, InputMoments]:
-    """The second moments of the inputs of each of these layers, over all batches; or only whether there are any."""
-    found, mask = {}, {}
-
-    def take(name):
-        def hook(layer, inputs):
-            if count_only:
-                found[name].rows += 1
-            else:
-                found[name].add(inputs[0], mask.get("tokens"))
-
-        return hook
-
-    with _hooks() as handles:
-        for name, target in targets.items():
-            features = target.shape[0 if target.transposed else 1]
-            weight = model.get_parameter(name)
-            found[name] = InputMoments(0 if count_only else features, weight.device)
-            if name.endswith(".weight"):
-                layer = model.get_submodule(name.removesuffix(".weight"))
-                handles.append(layer.register_forward_pre_hook(take(name)))
-        padded = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
-        device = next(model.parameters()).device
-        for batch in batches:
-            batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-            mask["tokens"] = batch.get("attention_mask") if padded else None
-            model(**batch)
+def _moments(model: nn.Module, targets: Mapping[str, Target], batches: list) -> dict[str, InputMoments]:
+    """The second moments of the inputs of each of these layers, over all batches."""
+    found = {}
+    for name, target in targets.items():
+        features = target.shape[0 if target.transposed else 1]
+        found[name] = InputMoments(features, model.get_parameter(name).device)
+    _run(model, targets, batches, lambda name, inputs, tokens: found[name].add(inputs, tokens))
     return found
 
 
-@contextmanager
-def _hooks():
-    handles = []
-    try:
-        yield handles
-    finally:
-        for handle in handles:
-            handle.remove()
+def _run(model: nn.Module, names: Iterable[str], batches: list, take: Callable) -> None:
+    """Calls the model with all batches, and `take` with the inputs of these weights' layers and the padding's mask."""
+    tokens = None
+    device = next(model.parameters()).device
+    padded = not getattr(getattr(model, "config", None), "is_encoder_decoder", False)
+    with ExitStack() as hooks:
+        for name in names:
+            if name.endswith(".weight"):
+                layer = model.get_submodule(name.removesuffix(".weight"))
+                hook = layer.register_forward_pre_hook(lambda _, inputs, name=name: take(name, inputs[0], tokens))
+                hooks.enter_context(hook)
+        for batch in batches:
+            batch = {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+            tokens = batch.get("attention_mask") if padded else None
+            model(**batch)

@@ -1,5 +1,7 @@
 """A model is pruned in one shot: to the pattern exactly, block after block, and all of it or nothing."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
@@ -52,6 +54,26 @@ def test_padding_does_not_count():
     moments.add(inputs[:, :0], tokens)  # of another shape, and empty
     moments.add(inputs[:, 0], tokens)
     assert moments.rows == 9
+
+
+class Padded(Blocks):
+    """Called as models with tokens are."""
+
+    def forward(self, inputs, attention_mask=None):
+        return super().forward(inputs)
+
+
+@pytest.mark.parametrize("encoder_decoder", [False, True])
+def test_a_model_is_pruned_as_without_its_padding(encoder_decoder):
+    """But for encoder-decoder models, whose decoder's positions the mask says nothing of."""
+    inputs, tokens, found = data(16, rows=60).view(15, 4, 16), torch.tensor([1, 1, 1, 0]).expand(15, 4), []
+    for batch in ({"inputs": inputs, "attention_mask": tokens}, {"inputs": inputs[:, :3]}):
+        torch.manual_seed(0)
+        model = Padded()
+        model.config = SimpleNamespace(is_encoder_decoder=encoder_decoder)
+        prune_one_shot(model, [batch])
+        found.append(model.layers[0].weight.detach())
+    assert torch.equal(*found) is not encoder_decoder
 
 
 def test_a_later_block_sees_the_pruned_blocks_before_it():
@@ -147,9 +169,8 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     with pytest.raises(ValueError, match=r"inputs of layers\.1\.weight are not finite"):
         prune_one_shot(model, [{"inputs": data(16)}])
     assert all(torch.equal(weight, before[name]) for name, weight in model.named_parameters())
-    assert [module.training for module in model.modules()] == modes and not any(
-        layer._forward_pre_hooks for layer in model.layers
-    )
+    assert [module.training for module in model.modules()] == modes
+    assert not any(layer._forward_pre_hooks for layer in model.layers)
 
 
 def test_user_errors(monkeypatch):

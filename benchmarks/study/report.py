@@ -242,9 +242,9 @@ def _methods(study: Study) -> list[str]:
             continue
         best = {line["task"]: line["rate"] for line in study.lines if line["method"] == name}
         rates = ""
-        if len(tried) > 1:
+        if tried != [1.0]:  # also where the other rate of a method was not run
             chosen = ", ".join(f"{task} {rate:g}" for task, rate in sorted(best.items()))
-            rates = f" Rates tried: {', '.join(f'{rate:g}' for rate in tried)} times the task's; taken: {chosen}."
+            rates = f" Rates run: {', '.join(f'{rate:g}' for rate in tried)} times the task's; taken: {chosen}."
         lines.append(f"- **{method.title}**: {method.about}.{rates}")
     return lines
 

@@ -140,7 +140,7 @@ def build(
     Raises:
         `ValueError`: If the method knows nothing of the pattern.
     """
-    if method.kind in ("pat", *_ONE_SHOT) and not isinstance(parse_pattern(pattern), NMPattern):
+    if method.kind in ("pat", "sparsegpt") and not isinstance(parse_pattern(pattern), NMPattern):
         raise ValueError(f"{method.title} prunes to N:M, not to {pattern!r}.")
     if method.kind in ("dense", "pat"):
         args = ADMMTrainingArguments(**arguments | {"sparsity_pattern": "none"})

@@ -49,6 +49,29 @@ def test_a_stopped_study_goes_on(command, monkeypatch, capsys):
     assert len(command("--flags", "admm_steps=0.25")) > 6 and made, "other settings are other runs"
 
 
+def test_rates_may_be_named_in_place_of_those_of_the_methods():
+    options = [
+        "--tasks",
+        "mrpc",
+        "--seeds",
+        "1",
+        "--patterns",
+        "1:4",
+        "--methods",
+        "ours",
+        "sparsegpt",
+        "--precision",
+        "bf16",
+    ]
+    for flags, expected in (
+        ([], [("ours", 1.0), ("sparsegpt", 1.0), ("sparsegpt", 2.0)]),
+        (["--one_rate"], [("ours", 1.0), ("sparsegpt", 1.0)]),
+        (["--rates", "2", "--one_rate"], [("ours", 2.0), ("sparsegpt", 2.0)]),
+    ):
+        specs = accuracy.grid(accuracy.options().parse_args([*options, *flags]))
+        assert sorted((spec.method, spec.rate) for spec in specs) == expected
+
+
 def test_variants_of_phase_2_go_on_from_a_kept_switch(command, tmp_path, monkeypatch):
     one = ("--methods", "rho0", "--seeds", "1", "--keep_switch")
     command(*one)

@@ -101,7 +101,7 @@ def test_what_is_missing_is_said(lines, make_line):
 
 def test_rates_that_were_tried_are_said(lines, make_line):
     lines += [make_line("dense", 0.9, "mrpc", seed, rate=0.5) for seed in (1, 2, 3)]
-    assert "Rates tried: 0.5, 1 times the task's; taken: cola 1, mrpc 0.5." in report.page(lines)
+    assert "Rates run: 0.5, 1 times the task's; taken: cola 1, mrpc 0.5." in report.page(lines)
 
 
 def test_short_table_has_at_most_so_many_rows(lines, make_line, monkeypatch):
