@@ -1,9 +1,12 @@
 """When the phases of a sparse run act."""
 
+from collections.abc import Callable
+
 from transformers import TrainerCallback
 
 from hf_admm.console import get_logger
 from hf_admm.pruning.state import ADMMState
+from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.targets import select_targets
 
 
@@ -26,10 +29,12 @@ class PhaseCallback(TrainerCallback):
     Args:
         state ([`ADMMState`]):
             The trainer's state.
+        calibrate (`Callable`, *optional*):
+            Prunes the weights with the training data, if the arguments ask for it; see [`ADMMState`].
     """
 
-    def __init__(self, state: ADMMState):
-        self.state = state
+    def __init__(self, state: ADMMState, calibrate: Callable[[PrunedWeights], dict[str, float]] | None = None):
+        self.state, self.calibrate = state, calibrate
         self.loss_scale = 1.0  # of the step that is being taken
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -37,13 +42,15 @@ class PhaseCallback(TrainerCallback):
             return
         args.validate_sparsity()
         settings = args.phase_settings(state.max_steps)
+        calibrate = self.calibrate if args.calibration_samples else None
         if self.state.resumed:
-            self.state.resumed = False
+            self.state.resumed, self.state.calibrate = False, calibrate
             self.state.phase.resume(state.global_step, settings)
             return
         selection = select_targets(model, args.pattern, args.include, args.exclude)
         self.state.reset(model, args.pattern, selection)
         self.state.use_optimizer(optimizer)
+        self.state.calibrate = calibrate
         self.state.begin(settings)
 
     def on_step_begin(self, args, state, control, **kwargs):

@@ -72,6 +72,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
 
         > Parameters that control phase 2, SR-STE
 
+        num_calibration_samples (`int`, *optional*):
+            Rows of the training set with which layer-wise ADMM ([`prune_one_shot`]) prunes at the switch to phase 2,
+            before the first step if `admm_steps` is 0. `None` and 0: the mask is that of the weights' size.
         srste_mask (`str`, *optional*, defaults to `"dynamic"`):
             `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1.
         srste_decay (`float`, *optional*):
@@ -162,6 +165,13 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         metadata={
             "help": f"Schedule of the learning rate in phase 1: {', '.join(PLAIN_SCHEDULERS)}. By default "
             "lr_scheduler_type; for admm_penalty 'distance', if that is 'linear', 'constant_with_warmup'."
+        },
+    )
+    num_calibration_samples: int | None = field(
+        default=None,
+        metadata={
+            "help": "Rows of the training set with which layer-wise ADMM prunes at the switch to phase 2 (before the "
+            "first step if admm_steps is 0). By default 0: the mask is that of the weights' size."
         },
     )
     srste_mask: str = field(

@@ -23,6 +23,7 @@ from hf_admm.reporting.run_reports import RunReportsMixin
 from hf_admm.sparsity.refusals import refuse_adapter_config
 from hf_admm.sparsity.targets import TargetSelection, select_targets
 from hf_admm.training.argument_classes import arguments_class, wrong_arguments
+from hf_admm.training.calibrating import CalibrationMixin
 from hf_admm.training.learning_rate import phase_scheduler, warn_of_unused_flags
 from hf_admm.training.loss_scaling import LossScalingMixin
 from hf_admm.training.signatures import GivenArguments, show_arguments
@@ -33,7 +34,9 @@ from hf_admm.validation import unsupported_backend
 logger = get_logger(__name__)
 
 
-class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScalingMixin):
+class ADMMTrainerMixin(
+    RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpointsMixin, LossScalingMixin, CalibrationMixin
+):
     """
     Sparse fine-tuning for any `Trainer`, whatever its signature: mix it in before the trainer class, and pass
     [`ADMMTrainingArguments`], or, where the trainer has a class of arguments of its own, one that
@@ -89,6 +92,7 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         if not hasattr(self.args, "sparsity_pattern"):  # the trainer has made its own
             raise ValueError(wrong_arguments(type(self), self.args, wanted, ADMMArgumentsMixin))
         self._check_distillation()
+        self._check_calibration()
         self._set_up_sparsity()
 
     def _set_up_sparsity(self) -> None:
@@ -102,7 +106,7 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         self._announce()
         if not any(isinstance(callback, PhaseCallback) for callback in self.callback_handler.callbacks):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
-            ours = [PhaseCallback(self.sparsity), MetricsCallback(self.sparsity)]
+            ours = [PhaseCallback(self.sparsity, self._calibrate), MetricsCallback(self.sparsity)]
             ours.append(PhaseProgressCallback(self.sparsity, self.callback_handler))
             self.callback_handler.callbacks[1:1] = ours
 
@@ -156,6 +160,7 @@ class ADMMTrainerMixin(RunReportsMixin, TeacherCheckpointsMixin, SparseCheckpoin
         # In every `train()`, after `model_init` has made its model and once a trial has set its arguments.
         super()._hp_search_setup(trial)
         self.args.validate_sparsity()
+        self._check_calibration()
         self._set_up_sparsity()
         self._prepare_teacher()
 

@@ -30,6 +30,7 @@ _OF_PHASES = (
     "admm_state_dtype",
     "admm_state_offload",
     "admm_lr_scheduler_type",
+    "num_calibration_samples",
     "srste_decay",
     "srste_lr_multiplier",
     "mask_update_steps",
@@ -100,6 +101,11 @@ def validate_flags(args) -> None:
                 f"{name}={_shown(value)} is not allowed: it is an interval, give a whole number of at least 1 "
                 f"optimizer step (and at most {_LONGEST})."
             )
+    value = args.num_calibration_samples
+    if value is not None and not (_is(Integral, value) and 0 <= value <= _LONGEST):
+        raise ValueError(
+            f"num_calibration_samples={_shown(value)} is not allowed: give a number of rows, such as 256, or 0."
+        )
     for name in ("admm_steps", "mask_freeze_steps"):
         value = getattr(args, name)
         if value >= 1 and value != int(value):

@@ -2,7 +2,7 @@
 
 import torch
 
-from hf_admm.one_shot import InputMoments
+from hf_admm.pruning.calibration import InputMoments
 
 
 def data(columns, rows=200, seed=0):

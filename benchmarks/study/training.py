@@ -12,7 +12,8 @@ from benchmarks import peers
 from benchmarks.study import sparsegpt
 from benchmarks.study.methods import Method
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, parse_pattern, prune_one_shot, select_targets, sparsity_mask
-from hf_admm.one_shot import prune_in_blocks
+from hf_admm.pruning.calibration import prune_in_blocks
+from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.patterns import NMPattern
 from hf_admm.training.learning_rate import phase_scheduler
 
@@ -163,7 +164,7 @@ def build(
         else:
             targets = select_targets(model, args.pattern, args.include, args.exclude).targets
             prune = partial(sparsegpt.prune, kept=args.pattern.kept, group=args.pattern.group_size)
-            prune_in_blocks(model, targets, rows, prune)
+            prune_in_blocks(PrunedWeights(model, args.pattern, targets), rows, prune)
     trainer = ADMMTrainer(model=model, args=args, **parts)
     observer = Observer(saves, before)
     trainer.add_callback(observer)

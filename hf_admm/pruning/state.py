@@ -1,6 +1,6 @@
 """The state of a run: which phase it is in, and what passes from one to the next."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import torch
@@ -9,6 +9,7 @@ from torch import nn
 from hf_admm.console import get_logger
 from hf_admm.pruning.masters import Masters
 from hf_admm.pruning.phases import Finished, Phase, PhaseSettings
+from hf_admm.pruning.srste import SRSTE
 from hf_admm.pruning.succession import FOLLOWS, first_phase, phases_of
 from hf_admm.pruning.swapping import SwappedParameters, unwrapped
 from hf_admm.pruning.weights import PrunedWeights
@@ -38,6 +39,7 @@ class ADMMState:
         self.swapped = SwappedParameters()
         self.selection: TargetSelection | None = None
         self.resumed = False
+        self.calibrate: Callable[[PrunedWeights], dict[str, float]] | None = None  # before phase 2
         self._pulled = False  # in this step
         self._ready = False  # for Trainer to take the step
         self._stepped = False  # the optimizer, by other hands than Trainer's, in this step
@@ -113,8 +115,11 @@ class ADMMState:
 
     def enter(self, phase: type[Phase], settings: PhaseSettings, step: int) -> None:
         """Enters a phase, once `step` optimizer steps are done."""
+        changes = self.calibrate(self.weights) if phase is SRSTE and self.calibrate else {}
         before, self.phase = self.phase, phase(self.weights, settings)
         self.phase.begin(step, before)
+        if changes:
+            self.phase.figures["output_change"] = sum(changes.values()) / len(changes)
 
     def before_forward(self, step: int, settings: PhaseSettings) -> None:
         """At the beginning of a step: the switch, if it is time, and what the phase does."""

@@ -77,8 +77,20 @@ class PrunedWeights:
 
     def whole(self) -> Iterator[tuple[str, torch.Tensor, bool]]:
         """Name, full tensor as the model holds it, and whether it is transposed. Every process must go through it."""
-        for name, part in self.local():
-            yield name, gather(part, self.parameters[name]), self.targets[name].transposed
+        for name in self.parameters:
+            yield name, self.whole_of(name), self.targets[name].transposed
+
+    def whole_of(self, name: str) -> torch.Tensor:
+        """The full tensor of one weight as the model holds it. Every process must call it."""
+        parameter = self.parameters[name]
+        return gather(local(parameter.detach()), parameter)
+
+    def replace(self, name: str, whole: torch.Tensor) -> None:
+        """Puts a full tensor, the same on every process, into the place of a weight, and into its master's."""
+        parameter = self.parameters[name]
+        local(parameter.detach()).copy_(scatter(whole, parameter))
+        for master, part in self.masters.fragment(parameter, whole):
+            master.copy_(part)
 
     def whole_masks(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, bool]]:
         """[`PrunedWeights.whole`] with the mask of each weight behind its tensor, where the pattern is their own."""

@@ -60,6 +60,11 @@ class DerivedFlags:
         return self.defaults.lr_multiplier if self.srste_lr_multiplier is None else self.srste_lr_multiplier
 
     @property
+    def calibration_samples(self) -> int:
+        """`num_calibration_samples`, or what is taken for it."""
+        return self.num_calibration_samples or 0
+
+    @property
     def include(self) -> list[str] | str | None:
         """`sparsity_include` with a single regular expression as a string."""
         return as_names(self.sparsity_include)

@@ -10,18 +10,14 @@ Nothing in a model's code says which of the two it is, so it is measured.
 
 import copy
 import math
-import random
-from collections import deque
-from contextlib import contextmanager
 
-import numpy as np
 import torch
 from accelerate.utils.memory import should_reduce_batch_size
 from torch import nn
 from transformers import Trainer
 
 from hf_admm.console import get_logger
-from hf_admm.pruning.shards import local, reshard
+from hf_admm.training.traceless import as_it_was, same_randomness
 
 
 logger = get_logger(__name__)
@@ -110,7 +106,7 @@ class LossScalingMixin:
         if isinstance(count, torch.Tensor):
             count = count.reshape(-1)[0]  # DataParallel has one for each device
         losses = []
-        with _as_it_was(self.model, self), torch.no_grad():
+        with as_it_was(self.model, self), torch.no_grad():
             self.model.train()  # some models return no loss, or another one, in evaluation
             for factor in (1, 2):
                 with same_randomness(self.model, self.args.device):
@@ -124,74 +120,3 @@ class LossScalingMixin:
         if self.args.world_size == 1:
             return verdict
         return int(self.accelerator.gather(torch.tensor([verdict], device=self.args.device)).max())
-
-
-@contextmanager
-def same_randomness(model: nn.Module, device: torch.device):
-    """What is drawn within is drawn again after it."""
-    devices = {parameter.device for parameter in model.parameters()} | {device}
-    devices = sorted((d for d in devices if d.type not in ("cpu", "mps", "meta")), key=str)
-    python, arrays = random.getstate(), np.random.get_state()
-    try:
-        with torch.random.fork_rng(devices, device_type=devices[0].type if devices else "cuda"):
-            yield
-    finally:
-        random.setstate(python)
-        np.random.set_state(arrays)
-
-
-@contextmanager
-def _as_it_was(model: nn.Module, trainer: LossScalingMixin):
-    """
-    Takes back what forward passes do to a model, and to the trainer that prepares its inputs: statistics in buffers
-    and in parameters that are not trained, counters, lists, modes.
-    """
-    owners = [trainer, *model.modules()]
-    modules = [(module, dict(module._buffers)) for module in model.modules()]
-    attributes = [(owner, _attributes(owner)) for owner in owners]
-    contents = [(value, _copied(value)) for _, held in attributes for value in held.values() if _changes(value)]
-    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
-    values = [(tensor, tensor.clone()) for tensor in map(local, [*model.buffers(), *(p.detach() for p in frozen)])]
-    try:
-        yield
-    finally:
-        for module, buffers in modules:
-            module._buffers.update(buffers)
-        for owner, held in attributes:
-            for name in _attributes(owner).keys() - held.keys():
-                del vars(owner)[name]
-            vars(owner).update(held)
-        for value, content in contents:
-            _restore(value, content)
-        with torch.no_grad():
-            for tensor, value in values:
-                if not torch.equal(tensor, value):  # those that are views of one entry can't be written
-                    tensor.copy_(value)
-        reshard(model)
-
-
-_OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
-
-
-def _attributes(owner: object) -> dict[str, object]:
-    """What an object holds of its own, beside the tables of every module."""
-    tables = _OF_EVERY_MODULE if isinstance(owner, nn.Module) else ()
-    return {name: value for name, value in vars(owner).items() if name not in tables}
-
-
-def _changes(value: object) -> bool:
-    """Whether it may be changed in place, and can be taken back."""
-    return type(value) in (list, dict, set, deque) or (isinstance(value, torch.Tensor) and not value.requires_grad)
-
-
-def _copied(value):
-    return value.clone() if isinstance(value, torch.Tensor) else copy.copy(value)
-
-
-def _restore(value, content) -> None:
-    if isinstance(value, torch.Tensor):
-        if not torch.equal(value, content):
-            value.copy_(content)
-        return
-    value.clear()
-    value.extend(content) if isinstance(value, list | deque) else value.update(content)

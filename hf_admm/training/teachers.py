@@ -11,7 +11,7 @@ from transformers import PreTrainedModel
 from hf_admm.console import get_logger
 from hf_admm.pruning.shards import DTensor
 from hf_admm.training.distillation_arguments import SELF
-from hf_admm.training.loss_scaling import same_randomness
+from hf_admm.training.traceless import same_randomness
 
 
 logger = get_logger(__name__)

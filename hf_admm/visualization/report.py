@@ -12,7 +12,7 @@ from hf_admm.audit import audit_weights
 from hf_admm.pruning.shards import DTensor
 from hf_admm.pruning.state import ADMMState
 from hf_admm.sparsity.targets import named_parameters
-from hf_admm.training.loss_scaling import same_randomness
+from hf_admm.training.traceless import same_randomness
 from hf_admm.visualization.drawing import DARK, LIGHT, check_installed, render
 from hf_admm.visualization.gathering import (
     RunFigures,

@@ -1,0 +1,170 @@
+"""Prunes layer by layer, with what a few rows of data put into each (docs/one_shot.md)."""
+
+import re
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from itertools import groupby
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from hf_admm.pruning.layerwise import output_error
+from hf_admm.pruning.shards import local
+from hf_admm.pruning.weights import PrunedWeights
+
+
+class InputMoments:
+    """
+    The mean of `x x^T` over the inputs x of a linear layer, in float32.
+
+    Args:
+        features (`int`):
+            Inputs of the layer.
+        device (`torch.device` or `str`, *optional*, defaults to `"cpu"`):
+            Where it is kept.
+    """
+
+    def __init__(self, features: int, device: torch.device | str = "cpu"):
+        self.matrix, self.rows = torch.zeros(features, features, device=device), 0
+
+    def add(self, inputs: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
+        """
+        Takes in a tensor whose last dimension is that of the inputs.
+
+        Args:
+            inputs (`torch.Tensor` of shape `(..., in_features)`):
+                The inputs.
+            tokens (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
+                Zero where there is padding, which does not count. Without effect on inputs of another shape.
+        """
+        inputs = inputs.detach()
+        if tokens is not None and inputs.shape[:-1] == tokens.shape:
+            inputs = inputs[tokens.to(inputs.device).bool()]
+        inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        if not len(inputs):
+            return
+        total = self.rows + len(inputs)
+        self.matrix.mul_(self.rows / total).addmm_(inputs.T, inputs, alpha=1 / total)
+        self.rows = total
+
+
+@torch.no_grad()
+def prune_in_blocks(
+    weights: PrunedWeights,
+    batches: Iterable[Mapping],
+    prune: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    forward: Callable[[Mapping], None] | None = None,
+    leaves_unreached: bool = False,
+) -> dict[str, float]:
+    """
+    Prunes weights in place, in evaluation mode. Blocks follow one another, each with the inputs that it has once those
+    before it are pruned. Where weights are sharded, every process must call it, with the same batches.
+
+    Args:
+        weights ([`PrunedWeights`]):
+            The weights, in the order of the model. They are as before if anything fails; until the end, a copy of them
+            is held.
+        batches (`Iterable[Mapping]`):
+            The data.
+        prune (`Callable`):
+            Gives the pruned weight from one of shape `(out_features, in_features)` and the second moments of its
+            inputs.
+        forward (`Callable`, *optional*):
+            Calls the model with a batch, `model(**batch)` by default.
+        leaves_unreached (`bool`, *optional*, defaults to `False`):
+            Whether a weight that is no linear layer's that the batches reach is left as it is.
+
+    Returns:
+        `dict[str, float]`: For each weight that was pruned, how much of its layer's output was changed.
+
+    Raises:
+        `ValueError`: If there is no batch, if a weight is not reached, or if inputs are not finite.
+    """
+    batches, model = list(batches), weights.model
+    if not batches:
+        raise ValueError("There is no batch to see the inputs of the layers with: give a few hundred rows.")
+    runs = _Runs(weights, batches, forward or (lambda batch: model(**batch)))
+    modes = {module: module.training for module in model.modules()}
+    before, errors = {}, {}
+    model.eval()
+    try:
+        reached = set()
+        runs.watch(weights.targets, lambda name, inputs, tokens: reached.add(name))
+        if (missed := [name for name in weights.targets if name not in reached]) and not leaves_unreached:
+            raise ValueError(
+                f"The batches do not reach the forward of these layers: {', '.join(missed)}. Parts of "
+                "nn.MultiheadAttention and unused experts are such. Name them in sparsity_exclude, or give more rows."
+            )
+        for _, block in groupby((name for name in weights.targets if name in reached), key=_block):
+            for name, moments in runs.moments(list(block)).items():
+                if not moments.matrix.isfinite().all():
+                    raise ValueError(f"The inputs of {name} are not finite: the batches or the model are damaged.")
+                whole, transposed = weights.whole_of(name), weights.targets[name].transposed
+                before[name] = local(weights.parameters[name].detach()).clone()
+                dense = whole.T if transposed else whole
+                pruned = prune(dense, moments.matrix).to(whole.dtype)
+                errors[name] = output_error(dense, pruned, moments.matrix)
+                weights.replace(name, pruned.T if transposed else pruned)
+    except BaseException:
+        weights.reshard()
+        for name, part in before.items():
+            local(weights.parameters[name].detach()).copy_(part)
+        raise
+    finally:
+        weights.reshard()
+        for module, mode in modes.items():
+            module.training = mode
+    return errors
+
+
+def _block(name: str) -> str:
+    """The layer of the model that a weight is in: its name up to the first number."""
+    return (re.match(r".*?\d+", name) or [name])[0]
+
+
+class _Runs:
+    """Passes of batches through a model, in which the inputs of some layers are seen."""
+
+    def __init__(self, weights: PrunedWeights, batches: list, forward: Callable[[Mapping], None]):
+        self.weights, self.batches, self.forward = weights, batches, forward
+        self.tokens: torch.Tensor | None = None  # zero where there is padding
+        config = getattr(weights.model, "config", None)
+        self.padded = not getattr(config, "is_encoder_decoder", False)  # whose decoder has other positions
+
+    def moments(self, names: list[str]) -> dict[str, InputMoments]:
+        """The second moments of the inputs of each of these weights' layers."""
+        found = {}
+        for name in names:
+            target, parameter = self.weights.targets[name], self.weights.parameters[name]
+            features = target.shape[0 if target.transposed else 1]
+            found[name] = InputMoments(features, local(parameter).device)
+        self.watch(names, lambda name, inputs, tokens: found[name].add(inputs, tokens))
+        return found
+
+    def watch(self, names: Iterable[str], take: Callable) -> None:
+        """Calls `take` with each of these weights' names, the inputs of its layer, and the mask of the padding."""
+        model = self.weights.model
+        device = local(next(model.parameters())).device
+        with ExitStack() as hooks:
+            for name in names:
+                if name.endswith(".weight"):
+                    layer = model.get_submodule(name.removesuffix(".weight"))
+                    hook = layer.register_forward_pre_hook(
+                        lambda _, inputs, name=name: take(name, inputs[0], self.tokens)
+                    )
+                    hooks.enter_context(hook)
+            for module in model.modules():
+                if module is model or isinstance(module, PreTrainedModel):
+                    hooks.enter_context(module.register_forward_pre_hook(self._see_padding, with_kwargs=True))
+            for batch in self.batches:
+                self.tokens = None
+                self.weights.reshard()  # what was changed since the last pass
+                self.forward(
+                    {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+                )
+
+    def _see_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
+        mask = kwargs.get("attention_mask")
+        if self.padded and torch.is_tensor(mask) and mask.dim() == 2:
+            self.tokens = mask

@@ -1,0 +1,166 @@
+"""With `num_calibration_samples`, a run prunes at the switch by what its data put into the layers."""
+
+import pytest
+import torch
+from datasets import Dataset
+from torch import nn
+from transformers import TrainerCallback, default_data_collator
+
+from hf_admm import ADMMTrainer, prune_one_shot
+from hf_admm.pruning.calibration import InputMoments
+from tiny_runs import Recorder, assert_same_weights, prepare, train, weights
+
+
+ROWS, SIZE = 20, 8  # of the training set, and in a batch
+ONE_PHASE = {"admm_steps": 0, "srste_mask": "fixed", "mask_freeze_steps": 0, "admm_rho": None}
+EVENLY = {"admm_penalty": "distance", "admm_rho": None, "admm_update_steps": 1}
+
+
+def calibration_batches(data):
+    rows = [data[index * len(data) // ROWS] for index in range(ROWS)]
+    return [default_data_collator(rows[start : start + SIZE]) for start in range(0, ROWS, SIZE)]
+
+
+def test_before_the_first_step_it_is_prune_one_shot(tiny_bert, token_data, tmp_path):
+    """To the bits, dropout and the order of the data included."""
+    data, by_hand = token_data(64), tiny_bert()
+    report = prune_one_shot(by_hand, calibration_batches(data), "1:4")
+    expected = train(by_hand, data, tmp_path, sparsity_pattern="1:4", **ONE_PHASE)
+    trainer = prepare(tiny_bert(), data, tmp_path, sparsity_pattern="1:4", num_calibration_samples=ROWS, **ONE_PHASE)
+    at_start = Recorder("on_step_begin", lambda state, model, **_: weights(model))
+    trainer.add_callback(at_start)
+    trainer.train()
+    assert_same_weights(trainer.model, weights(expected.model))
+    pruned = tiny_bert()
+    prune_one_shot(pruned, calibration_batches(data), "1:4")
+    assert_same_weights(pruned, at_start.seen[0])
+    logged = next(log["admm/output_change"] for log in trainer.state.log_history if "admm/output_change" in log)
+    assert logged == pytest.approx(sum(report.errors.values()) / len(report.errors), rel=1e-5)
+
+
+class Dense(TrainerCallback):
+    """Keeps the weights that a step ends with."""
+
+    def __init__(self, step):
+        self.step = step
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.weights = weights(model)
+
+
+@pytest.mark.parametrize("mask", ["fixed", "dynamic"])
+def test_at_the_switch_it_prunes_what_phase_1_has_made(mask, tiny_bert, token_data, tmp_path):
+    data, dense = token_data(64), Dense(6)
+    flags = {"sparsity_pattern": "1:4", "num_calibration_samples": ROWS, "srste_mask": mask, **EVENLY}
+    trainer = prepare(tiny_bert(), data, tmp_path, callbacks=[dense], **flags)
+    masked = Recorder("on_step_begin", lambda state, model, **_: weights(model))
+    trainer.add_callback(masked)
+    trainer.train()
+    model = tiny_bert()
+    model.load_state_dict(dense.weights, strict=False)
+    prune_one_shot(model, calibration_batches(data), "1:4")
+    assert_same_weights(model, masked.seen[6])
+    assert trainer.audit.ok
+    if mask == "fixed":
+        final = weights(trainer.model)
+        assert all(torch.equal(final[name] != 0, masked.seen[6][name] != 0) for name in trainer.sparsity.targets)
+
+
+@pytest.mark.parametrize("step", [3, 6, 9])
+def test_a_resume_gives_the_same_bits(step, tiny_bert, token_data, tmp_path):
+    """From phase 1, from the switch, and from phase 2, which does not prune again."""
+    data = token_data(64)
+    flags = {"sparsity_pattern": "2:4", "num_calibration_samples": ROWS, "save_steps": 3, "save_strategy": "steps"}
+    straight = train(tiny_bert(), data, tmp_path, **flags, **EVENLY)
+    resumed = prepare(tiny_bert(), data, tmp_path / "resumed", **flags, **EVENLY)
+    pruned = []
+    inner = resumed.sparsity.weights.__class__.replace
+
+    def replace(self, name, whole):
+        pruned.append(name)
+        inner(self, name, whole)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(type(resumed.sparsity.weights), "replace", replace)
+        resumed.train(resume_from_checkpoint=str(tmp_path / f"checkpoint-{step}"))
+    assert bool(pruned) is (step < 9)
+    assert_same_weights(resumed.model, weights(straight.model))
+
+
+def test_nothing_else_is_changed(tiny_bert, token_data, tmp_path):
+    """The steps before and after draw what they draw without it, and the trainer keeps what it had."""
+    data, states = token_data(64), []
+    for rows in (0, ROWS):
+        state = Recorder("on_step_end", lambda state, **_: torch.get_rng_state())
+        trainer = train(
+            tiny_bert(), data, tmp_path, callbacks=[state], num_calibration_samples=rows, sparsity_pattern="2:4"
+        )
+        states.append(state.seen)
+        assert not any(module._forward_pre_hooks for module in trainer.model.modules())
+    assert len(states[0]) == 12 and all(torch.equal(*pair) for pair in zip(*states, strict=True))
+
+
+class Counting:
+    """A collator that counts what it is given, and knows nothing of the columns that a model does not take."""
+
+    def __init__(self):
+        self.sizes = []
+
+    def __call__(self, rows):
+        self.sizes.append(len(rows))
+        assert all(set(row) <= {"input_ids", "attention_mask", "labels"} for row in rows)
+        return default_data_collator(rows)
+
+
+@pytest.mark.parametrize("kind", ["dataset", "stream", "list"])
+def test_rows_of_every_kind_of_training_set(kind, tiny_bert, token_data, tmp_path, monkeypatch):
+    rows = [{**{name: value.tolist() for name, value in row.items()}, "text": "?"} for row in token_data(64)]
+    data = rows if kind == "list" else Dataset.from_list(rows)
+    data = data.to_iterable_dataset() if kind == "stream" else data
+    collate, seen, inner = Counting(), [], InputMoments.add
+
+    def add(self, inputs, tokens=None):
+        seen.append(tokens)
+        inner(self, inputs, tokens)
+
+    monkeypatch.setattr(InputMoments, "add", add)
+    trainer = train(
+        tiny_bert(), data, tmp_path, num_calibration_samples=ROWS, sparsity_pattern="2:4", **ONE_PHASE,
+        parts={"data_collator": collate, "eval_dataset": None},
+    )  # fmt: skip
+    assert collate.sizes[:3] == [8, 8, 4] and trainer.audit.ok
+    assert seen
+
+
+class Gated(nn.Module):
+    """The last layers are not called."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(3))
+
+    def forward(self, inputs, labels):
+        outputs = self.layers[1](torch.relu(self.layers[0](inputs)))
+        return {"loss": (outputs + self.layers[2].weight.sum()).square().mean(), "logits": outputs}
+
+
+def test_layers_that_no_row_reaches_are_masked_by_size(tmp_path, caplog):
+    torch.manual_seed(0)
+    rows = [{"inputs": torch.randn(16), "labels": torch.zeros(())} for _ in range(32)]
+    trainer = train(Gated(), rows, tmp_path, num_calibration_samples=ROWS, sparsity_pattern="2:4", **ONE_PHASE)
+    assert trainer.audit.ok and len(trainer.audit.sparse) == 3
+    assert "do not reach the forward of these layers, whose mask is that of their weights' size: layers.2.weight." in (
+        caplog.text
+    )
+
+
+def test_user_errors(tiny_bert, token_data, tmp_path):
+    data = token_data(16)
+    for value in (-1, 2.5, True, "many"):
+        with pytest.raises(ValueError, match="num_calibration_samples=.* give a number of rows"):
+            prepare(tiny_bert(), data, tmp_path, num_calibration_samples=value)
+    prepared = prepare(tiny_bert(), data, tmp_path, num_calibration_samples=4)
+    for given, reason in ((None, "there is no train_dataset"), ({"a": data}, "is several data sets")):
+        with pytest.raises(ValueError, match=f"num_calibration_samples=4: .*{reason}.*prune_one_shot"):
+            ADMMTrainer(tiny_bert(), prepared.args, train_dataset=given)
