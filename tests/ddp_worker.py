@@ -41,6 +41,7 @@ def train(folder: Path, batch_size: int, resume: Path | None, fault: str) -> Non
         admm_steps=6, admm_update_steps=2, admm_rho=2.0, srste_decay=0.01, save_steps=3, logging_steps=1,
         report_to="none", disable_tqdm=True, use_cpu=True,
         mask_update_steps=4 if fault == "mask" else 1,  # or it mends itself
+        num_calibration_samples=16 if folder.name.startswith("calibrated") else 0,
     )  # fmt: skip
     trainer_class = Spoilt if fault == "loss" else ADMMTrainer
     trainer = trainer_class(model, args, train_dataset=data, eval_dataset=data[:16])

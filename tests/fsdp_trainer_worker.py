@@ -54,7 +54,8 @@ def train(folder, kind="SHARDED_STATE_DICT", resume=None, **options):
     fsdp = {"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": ["BertLayer"]}
     args = ADMMTrainingArguments(
         str(folder), max_steps=8, per_device_train_batch_size=8, learning_rate=0.01, admm_steps=4, admm_update_steps=2,
-        admm_rho=2.0, admm_penalty="loss", save_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
+        admm_rho=2.0, admm_penalty="loss", num_calibration_samples=12,
+        save_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
         report_to="none", disable_tqdm=True, use_cpu=True, fsdp=True, fsdp_config=fsdp, **options,
     )  # fmt: skip
     keep = Keep(2)

@@ -24,11 +24,11 @@ def run(processes, folder, *runs):
 def runs(tmp_path_factory):
     """SGD, so that a penalty counted once per process would not be normalised away."""
     folder = tmp_path_factory.mktemp("runs")
-    run(1, folder, {"name": "one"})
+    run(1, folder, {"name": "one"}, {"name": "calibrated_one"})
     again = {"name": "again", "resume": "two/checkpoint-3"}
     one_to_two = {"name": "one_to_two", "resume": "one/checkpoint-3"}
     faults = [{"name": fault, "fault": fault} for fault in ("weight", "anchor", "mask", "evaluated", "loss")]
-    run(2, folder, {"name": "two"}, again, one_to_two, *faults)
+    run(2, folder, {"name": "two"}, {"name": "calibrated_two"}, again, one_to_two, *faults)
     run(1, folder, {"name": "two_to_one", "resume": "two/checkpoint-9"})
     return folder
 
@@ -54,6 +54,15 @@ def test_two_processes_train_as_one(runs):
     assert all(torch.equal(first[name], second[name]) for name in one)
     assert_close(one, first)
     assert audit_checkpoint(runs / "two" / "model").ok
+
+
+@needs_gloo
+def test_two_processes_prune_by_the_same_rows_as_one(runs):
+    one, two = runs / "calibrated_one", runs / "calibrated_two"
+    one, first, second = weights(one), weights(two), weights(two, 1)
+    assert all(torch.equal(first[name], second[name]) for name in one)
+    assert_close(one, first)
+    assert any(not torch.equal(weight, weights(runs / "one")[name]) for name, weight in one.items())
 
 
 @needs_gloo
