@@ -18,6 +18,7 @@ FLAGS = {
     "max_steps": 8,
     "admm_steps": 4,
     "admm_update_steps": 1,
+    "num_calibration_samples": 6,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
     "logging_steps": 1,

@@ -21,10 +21,11 @@ from hf_admm.arguments import ADMMArgumentsMixin
 from hf_admm.trainer import ADMMTrainerMixin
 
 
-class _SyncsVLLM:
+class _Samples:
     """
-    TRL hands the weights to vLLM once a step, and an evaluation comes between two steps with weights of its own: the
-    sparse ones. They are handed over before it, and those that are trained after it.
+    For trainers that train on what the model itself completes. TRL hands the weights to vLLM once a step, and an
+    evaluation comes between two steps with weights of its own: the sparse ones. They are handed over before it, and
+    those that are trained after it.
     """
 
     def evaluate(self, *args, **kwargs):
@@ -33,6 +34,13 @@ class _SyncsVLLM:
             return super().evaluate(*args, **kwargs)
         finally:
             self._last_loaded_step = -1
+
+    def _refuse_rows_of(self, data):
+        raise ValueError(
+            f"num_calibration_samples={self.args.num_calibration_samples}: the rows of {type(self).__name__} are "
+            "prompts, and what it trains on is sampled as it goes. Set it to 0, and prune before training with "
+            "prune_one_shot and texts of your own instead."
+        )
 
 
 @dataclass
@@ -96,7 +104,7 @@ class ADMMGRPOConfig(ADMMArgumentsMixin, GRPOConfig):
     """[`~trl.GRPOConfig`] with the flags of [`ADMMArgumentsMixin`]."""
 
 
-class ADMMGRPOTrainer(_SyncsVLLM, ADMMTrainerMixin, GRPOTrainer):
+class ADMMGRPOTrainer(_Samples, ADMMTrainerMixin, GRPOTrainer):
     """
     [`~trl.GRPOTrainer`] that fine-tunes to a sparsity pattern. Takes what it takes, with [`ADMMGRPOConfig`] as `args`,
     but no `peft_config`. Completions are sampled from the weights that are trained: dense in phase 1, masked in
@@ -111,7 +119,7 @@ class ADMMRLOOConfig(ADMMArgumentsMixin, RLOOConfig):
     """[`~trl.RLOOConfig`] with the flags of [`ADMMArgumentsMixin`]."""
 
 
-class ADMMRLOOTrainer(_SyncsVLLM, ADMMTrainerMixin, RLOOTrainer):
+class ADMMRLOOTrainer(_Samples, ADMMTrainerMixin, RLOOTrainer):
     """
     [`~trl.RLOOTrainer`] that fine-tunes to a sparsity pattern. Takes what it takes, with [`ADMMRLOOConfig`] as `args`,
     but no `peft_config`. Completions are sampled as by [`ADMMGRPOTrainer`].

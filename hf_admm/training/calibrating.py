@@ -4,6 +4,7 @@ from collections.abc import Mapping
 from functools import partial
 
 import torch
+from accelerate.data_loader import IterableDatasetShard
 from datasets import IterableDataset
 from torch import distributed
 
@@ -23,27 +24,25 @@ class CalibrationMixin:
     The part of [`ADMMTrainerMixin`] that prunes by layer-wise ADMM at the switch to phase 2, or before the first step
     where there is no phase 1.
 
-    The rows lie evenly over the training set and go through the trainer's collator and `compute_loss`, in evaluation
-    mode, on every process alike. They draw no random number, and change nothing but the weights.
+    The rows lie evenly over the data of the training's own data loader, and go through its collator and the trainer's
+    `compute_loss`, in evaluation mode, on every process alike. They draw no random number, and change nothing but the
+    weights.
     """
 
     def _check_calibration(self) -> None:
-        if self.args.is_sparse and self.args.num_calibration_samples and (message := self._no_calibration()):
-            raise ValueError(
-                f"num_calibration_samples={self.args.num_calibration_samples}: {message}. Set it to 0, and prune "
-                "before training with prune_one_shot if you like."
-            )
-
-    def _no_calibration(self) -> str | None:
-        """Why the training data can't be used, if so."""
         data = self.train_dataset
-        if data is None:
-            return "there is no train_dataset to take rows of"
-        if not (isinstance(data, IterableDataset) or (hasattr(data, "__getitem__") and hasattr(data, "__len__"))):
-            return f"rows of the train_dataset, a {type(data).__name__}, can't be looked up"
-        if isinstance(data, Mapping):
-            return "train_dataset is several data sets"
-        return None
+        if self.args.is_sparse and self.args.num_calibration_samples and data is not None:
+            self._refuse_rows_of(data)
+
+    def _refuse_rows_of(self, data) -> None:
+        if isinstance(data, IterableDataset):
+            return
+        if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            reason = "holds several data sets" if isinstance(data, Mapping) else "has no rows that can be looked up"
+            raise ValueError(
+                f"num_calibration_samples={self.args.num_calibration_samples}, but the training data, a "
+                f"{type(data).__name__}, {reason}. Set it to 0, and prune before training with prune_one_shot instead."
+            )
 
     def _calibrate(self, weights: PrunedWeights) -> dict[str, float]:
         """Prunes the weights, and returns how much of each layer's output was changed, by the name of the weight."""
@@ -64,18 +63,17 @@ class CalibrationMixin:
         return errors
 
     def _calibration_batches(self) -> list[Mapping]:
-        data, collate, most = self.train_dataset, self.data_collator, self.args.calibration_samples
+        loader, most = self.callback_handler.train_dataloader, self.args.calibration_samples
+        data, size = loader.dataset, self.args.per_device_train_batch_size
+        if isinstance(data, IterableDatasetShard):
+            data = data.dataset
+        self._refuse_rows_of(data)
         if isinstance(data, IterableDataset):
-            rows = list(self._remove_unused_columns(data.take(most), description="training"))
+            rows = list(data.take(most))
         else:
-            if hasattr(data, "column_names"):
-                data = self._remove_unused_columns(data, description="training")
-            else:
-                collate = self._get_collator_with_removed_columns(collate, description="training")
             count = min(most, len(data))
             rows = [data[index * len(data) // count] for index in range(count)]
-        size = self.args.per_device_train_batch_size
-        return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return [loader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
 
     def _calibration_forward(self, batch: Mapping) -> None:
         inputs = self._prepare_inputs(batch)

@@ -12,6 +12,7 @@ from tiny_runs import assert_same_weights, weights
 trl = pytest.importorskip("trl")
 
 from hf_admm import integrations, merge_sparse_adapter  # noqa: E402
+from hf_admm.callbacks import PhaseCallback  # noqa: E402
 
 
 ROWS = {
@@ -50,6 +51,8 @@ def maker(llama, reward_llama):
                 given["ref_model"] = auto.from_pretrained(llama)
             if name in ("GRPO", "RLOO"):
                 given["reward_funcs"] = reward
+            if name in ("GRPO", "RLOO"):
+                flags["num_calibration_samples"] = 0
             args = config(str(folder), **{**FLAGS, **(SAMPLES if "reward_funcs" in given else {}), **own, **flags})
             return trainer_class(auto.from_pretrained(model, dtype=torch.float32), args=args, **given)
 
@@ -81,6 +84,32 @@ def test_the_best_model_by_its_reward(name, maker, tmp_path):
     trainer.train()
     assert trainer.audit.ok and obeys(trainer)
     assert_sparse_checkpoint(trainer, trainer.state.best_model_checkpoint)
+
+
+@pytest.mark.parametrize("name", ["GRPO", "RLOO"])
+def test_what_is_sampled_prunes_no_layer(name, llama, tmp_path):
+    args = getattr(integrations, f"ADMM{name}Config")(str(tmp_path), **{**FLAGS, **SAMPLES, "eval_strategy": "no"})
+    trainer_class = getattr(integrations, f"ADMM{name}Trainer")
+    with pytest.raises(ValueError, match=f"num_calibration_samples=6: the rows of ADMM{name}Trainer are prompts"):
+        trainer_class(llama, args=args, train_dataset=texts("prompt"), reward_funcs=reward)
+
+
+def test_metrics_are_of_evaluations_and_steps_alone(maker, tmp_path):
+    """TRL adds up metrics in every forward pass; those of the calibration are no evaluation's."""
+    make, model = maker("SFT")
+    trainer, before = make(tmp_path, model), []
+    inner = trainer._calibrate
+
+    def calibrate(weights):
+        before.append({kind: dict(metrics) for kind, metrics in trainer._metrics.items()})
+        changes = inner(weights)
+        before.append({kind: dict(metrics) for kind, metrics in trainer._metrics.items()})
+        return changes
+
+    callbacks = trainer.callback_handler.callbacks
+    next(callback for callback in callbacks if isinstance(callback, PhaseCallback)).calibrate = calibrate
+    trainer.train()
+    assert before[0] == before[1] and len(before) == 2
 
 
 def conversations():

@@ -161,6 +161,6 @@ def test_user_errors(tiny_bert, token_data, tmp_path):
         with pytest.raises(ValueError, match="num_calibration_samples=.* give a number of rows"):
             prepare(tiny_bert(), data, tmp_path, num_calibration_samples=value)
     prepared = prepare(tiny_bert(), data, tmp_path, num_calibration_samples=4)
-    for given, reason in ((None, "there is no train_dataset"), ({"a": data}, "is several data sets")):
-        with pytest.raises(ValueError, match=f"num_calibration_samples=4: .*{reason}.*prune_one_shot"):
+    for given, reason in (({"a": data}, "a dict, holds several"), (iter(data), "a list_iterator, has no rows")):
+        with pytest.raises(ValueError, match=f"num_calibration_samples=4, .*{reason}.*prune_one_shot"):
             ADMMTrainer(tiny_bert(), prepared.args, train_dataset=given)
