@@ -39,8 +39,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
 
         > Parameters that control phase 1, ADMM
 
-        admm_steps (`float`, *optional*, defaults to `0.6`):
-            Length of phase 1: a share of the run if below 1, else optimizer steps.
+        admm_steps (`float`, *optional*):
+            Length of phase 1: a share of the run if below 1, else optimizer steps. `None` takes 0.6, and 0 with
+            `num_calibration_samples`.
         admm_penalty (`str`, *optional*):
             What pulls the weights to the pattern. `"distance"`: in the last part of the phase, after each step, what
             the projection would prune shrinks by a share that adapts to its length; nothing is to be tuned. The others
@@ -74,9 +75,12 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
 
         num_calibration_samples (`int`, *optional*):
             Rows of the training set with which layer-wise ADMM ([`prune_one_shot`]) prunes at the switch to phase 2,
-            before the first step if `admm_steps` is 0. `None` and 0: the mask is that of the weights' size.
-        srste_mask (`str`, *optional*, defaults to `"dynamic"`):
-            `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1.
+            before the first step if `admm_steps` is 0. With 0, the mask is that of the weights' size. `None` takes 256
+            where the pattern keeps less than half and none of `admm_steps`, `admm_penalty` and `admm_rho` is given,
+            else 0.
+        srste_mask (`str`, *optional*):
+            `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1. `None` takes
+            `"fixed"` with `num_calibration_samples`, else `"dynamic"`.
         srste_decay (`float`, *optional*):
             SR-STE's lambda: the decay of the pruned weights, added to their gradient. `None` takes 2e-4, but after
             `"distance"`, where pruned weights shrink on by the share of phase 1's end.
@@ -122,9 +126,12 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={"help": "Names of the modules to leave dense: suffixes, or one regular expression."},
     )
-    admm_steps: float = field(
-        default=0.6,
-        metadata={"help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps."},
+    admm_steps: float | None = field(
+        default=None,
+        metadata={
+            "help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps. By default 0.6, "
+            "and 0 with num_calibration_samples."
+        },
     )
     admm_rho: float | None = field(
         default=None,
@@ -171,12 +178,16 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={
             "help": "Rows of the training set with which layer-wise ADMM prunes at the switch to phase 2 (before the "
-            "first step if admm_steps is 0). By default 0: the mask is that of the weights' size."
+            "first step if admm_steps is 0); 0 for the mask of the weights' size. By default 256 where the pattern "
+            "keeps less than half and no flag of phase 1 is given, else 0."
         },
     )
-    srste_mask: str = field(
-        default="dynamic",
-        metadata={"help": "Mask of phase 2: 'dynamic' (follows the weights) or 'fixed' (frozen at the switch)."},
+    srste_mask: str | None = field(
+        default=None,
+        metadata={
+            "help": "Mask of phase 2: 'dynamic' (follows the weights) or 'fixed' (frozen at the switch). By default "
+            "fixed with num_calibration_samples, else dynamic."
+        },
     )
     srste_decay: float | None = field(
         default=None,

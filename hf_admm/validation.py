@@ -74,13 +74,13 @@ def validate_flags(args) -> None:
         ("admm_lr_scheduler_type", PLAIN_SCHEDULERS),
     ):
         value = getattr(args, name)
-        if value is None and name in ("admm_lr_scheduler_type", "admm_penalty"):
+        if value is None and name in ("admm_lr_scheduler_type", "admm_penalty", "srste_mask"):
             continue
         if not (isinstance(value, str) and value in allowed):
             raise ValueError(f"{name}={_shown(value)} is unknown. Allowed: {', '.join(allowed)}.")
     for name in REALS:
         value = getattr(args, name)
-        if value is None and name in ("admm_rho", "srste_decay", "srste_lr_multiplier"):
+        if value is None and name != "mask_freeze_steps":
             continue
         least = _LEAST_RHO if name == "admm_rho" else 0
         if not (_is(Real, value) and (value == 0 or least <= value <= _MOST)):
@@ -108,7 +108,7 @@ def validate_flags(args) -> None:
         )
     for name in ("admm_steps", "mask_freeze_steps"):
         value = getattr(args, name)
-        if value >= 1 and value != int(value):
+        if value is not None and value >= 1 and value != int(value):
             raise ValueError(
                 f"{name}={value} is neither a share of the run (below 1) nor a whole number of optimizer steps."
             )
@@ -140,7 +140,10 @@ def _validate_own_mask(args) -> None:
     if not args.is_own:
         return
     defaults = {field.name: field.default for field in fields(args)}
-    allowed = {name: (defaults[name],) for name in _OF_PHASES} | {"admm_steps": (defaults["admm_steps"], 0)}
+    allowed = {name: (defaults[name],) for name in _OF_PHASES} | {
+        "admm_steps": (None, 0),
+        "num_calibration_samples": (None, 0),
+    }
     given = [f"{name}={_shown(getattr(args, name))}" for name in allowed if getattr(args, name) not in allowed[name]]
     if given:
         raise ValueError(

@@ -12,11 +12,21 @@ from hf_admm import ADMMTrainingArguments
 NO_PENALTY = {"admm_penalty": "distance", "admm_rho": 0.0}  # with the rates of ours
 FIXED_MASK = {"srste_mask": "fixed", "srste_decay": 0.0}
 SR_STE = {"srste_mask": "dynamic", "srste_decay": 2e-4}
+# What is the default where at least half is kept, whatever the pattern.
+TWO_PHASES = {"admm_steps": 0.6}
 # One phase and one schedule, at the rate of the others' first phase or at twice it, whichever does better.
 ONE_PHASE = {"admm_steps": 0.0, "srste_lr_multiplier": 1.0}
+LAYERWISE = ONE_PHASE | {"num_calibration_samples": 256}
 
 # Of these, phase 1 knows nothing: methods that differ in no other flag reach the switch with the same bits.
-PHASE_2_FLAGS = ("srste_mask", "srste_decay", "srste_lr_multiplier", "mask_update_steps", "mask_freeze_steps")
+PHASE_2_FLAGS = (
+    "num_calibration_samples",
+    "srste_mask",
+    "srste_decay",
+    "srste_lr_multiplier",
+    "mask_update_steps",
+    "mask_freeze_steps",
+)
 
 
 @dataclass(frozen=True)
@@ -34,7 +44,7 @@ class Method:
         flags (`dict`, *optional*):
             Flags of `ADMMTrainingArguments` that differ from ours.
         kind (`str`, *optional*, defaults to `"ours"`):
-            How it trains: `"ours"` (ADMMTrainer), the same after `"sparsegpt"` or `"layerwise"`, `"dense"` or `"pat"`.
+            How it trains: `"ours"` (ADMMTrainer), the same after `"sparsegpt"`, `"dense"` or `"pat"`.
         rates (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
             The learning rates to try, as multiples of the task's. The best by its mean over seeds is reported.
         stage (`int`, *optional*, defaults to 2):
@@ -78,7 +88,20 @@ _ALL = (
         rates=_THREE,
         averages=True,
     ),
-    Method("ours", "ADMM, SR-STE (ours)", "`ADMMTrainingArguments()` as it is", stage=0),
+    Method(
+        "ours",
+        "ours",
+        "`ADMMTrainingArguments()` as it is: ADMM, then SR-STE; where less than half is kept, layer-wise ADMM before "
+        "training, then a fixed mask",
+        stage=0,
+    ),
+    Method(
+        "two_phases",
+        "ADMM, SR-STE",
+        "ADMM, then SR-STE, also where less than half is kept",
+        TWO_PHASES,
+        stage=0,
+    ),
     Method(
         "ours_teacher",
         "ours with a teacher",
@@ -86,7 +109,12 @@ _ALL = (
         stage=1,
     ),
     Method("rho0", "rho 0, SR-STE", "the same schedule, phase 1 without ADMM", NO_PENALTY, stage=0),
-    Method("admm_fixed", "ADMM, fixed mask", "the mask that ADMM ends with, frozen at the switch", FIXED_MASK),
+    Method(
+        "admm_fixed",
+        "ADMM, fixed mask",
+        "the mask that ADMM ends with, frozen at the switch",
+        TWO_PHASES | FIXED_MASK,
+    ),
     Method("asp", "ASP", "dense training, cut by magnitude at the switch, then a fixed mask", NO_PENALTY | FIXED_MASK),
     Method(
         "sr_ste",
@@ -108,16 +136,14 @@ _ALL = (
         "layer-wise ADMM, fixed mask",
         "pruned by ADMM before training, layer by layer so that outputs change least, with rows of the task; the "
         "better of two learning rates",
-        ONE_PHASE | FIXED_MASK,
-        kind="layerwise",
+        LAYERWISE | FIXED_MASK,
         rates=_TWO,
     ),
     Method(
         "layerwise_sr_ste",
         "layer-wise ADMM, SR-STE",
         "the same, and the mask goes on moving with the published decay of 2e-4",
-        ONE_PHASE | SR_STE,
-        kind="layerwise",
+        LAYERWISE | SR_STE,
         rates=_TWO,
     ),
     Method(

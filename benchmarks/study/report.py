@@ -2,13 +2,13 @@
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import fields
 from pathlib import Path
 
 from benchmarks.study.figures import DENSE, Estimate, Study, estimate
 from benchmarks.study.methods import METHODS
 from benchmarks.study.plots import draw
-from hf_admm.arguments import ADMMArgumentsMixin
+from benchmarks.study.runs import recorded_flags
+from hf_admm import ADMMTrainingArguments
 
 
 START, END = "<!-- results:start -->", "<!-- results:end -->"
@@ -134,11 +134,14 @@ def _about(study: Study) -> list[str]:
 
 def _earlier_defaults(study: Study) -> list[str]:
     """Flags that runs had, though neither their method sets them nor the defaults of today."""
-    now = {item.name: item.default for item in fields(ADMMArgumentsMixin) if item.name not in _GIVEN}
     counts: Counter[str] = Counter()
     for line in study.lines:
         method = METHODS[line["method"]]
-        of_method = {} if method.dense else {k: v for k, v in line["arguments"].items() if k in now}
+        if method.dense:
+            continue
+        args = ADMMTrainingArguments("unused", sparsity_pattern=line["pattern"], **method.flags)
+        now = {name: value for name, value in recorded_flags(args).items() if name not in _GIVEN}
+        of_method = {name: value for name, value in line["arguments"].items() if name in now}
         counts.update(f"`{k}={v}`" for k, v in of_method.items() if v != now[k] and k not in method.flags)
     return [f"{flag} in {count} runs" for flag, count in sorted(counts.items())]
 
@@ -164,10 +167,11 @@ def _claims(study: Study, pattern: str) -> list[str]:
             said = words.get(found.verdict(), "no interval, so nothing is said, against")
             groups.setdefault(said, []).append(f"{METHODS[name].title} ({_points(found)})")
     lines = [f"- Ours is {said} {', '.join(found)}." for said, found in groups.items()]
-    by_task = {task: study.difference(OURS, "rho0", pattern, task) for task in study.tasks}
+    drawn = "two_phases" if "two_phases" in study.methods(pattern) else OURS
+    by_task = {task: study.difference(drawn, "rho0", pattern, task) for task in study.tasks}
     if len(by_task := {task: found for task, found in by_task.items() if found}) > 1:
         shown = "; ".join(f"{task} {_points(found)}" for task, found in by_task.items())
-        lines.append(f"- What ADMM adds, ours less {METHODS['rho0'].title}: {shown}.")
+        lines.append(f"- What ADMM adds in phase 1, {METHODS[drawn].title} less {METHODS['rho0'].title}: {shown}.")
     ours = [name for name in (OURS, "ours_teacher") if name in study.methods(pattern)]
     return [*(line for name in ours for line in _beside_dense(study, name, pattern)), *lines] or [
         "- Nothing to compare yet."

@@ -42,6 +42,17 @@ _FURTHER = "further"
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
+def recorded_flags(args: ADMMTrainingArguments) -> dict:
+    """The flags of sparse training that an outcome depends on, with what is taken for the length of the phases."""
+    # A teacher's folder says nothing of the outcome, nor whether there is a report of it.
+    unsaid = ("distill_teacher", "sparsity_report")
+    return {name: getattr(args, name) for name in _FLAGS if name not in unsaid} | {
+        "admm_steps": args.phase_1_length,
+        "srste_mask": args.mask_mode,
+        "num_calibration_samples": args.calibration_samples,
+    }
+
+
 @dataclass(frozen=True)
 class Spec:
     """
@@ -120,9 +131,7 @@ class Spec:
         if self.how.dense:
             named["learning_rates"] = key({"multipliers": learning_rates(args, _NOMINAL_STEPS)})
         elif self.how.kind != "pat":
-            # A teacher's folder says nothing of the outcome, nor whether there is a report of it.
-            unsaid = ("distill_teacher", "sparsity_report")
-            named |= {name: getattr(args, name) for name in _FLAGS if name not in unsaid}
+            named |= recorded_flags(args)
         return {
             "task": self.task,
             "method": self.method,

@@ -11,16 +11,15 @@ from transformers import PreTrainedModel, Trainer, TrainerCallback
 from benchmarks import peers
 from benchmarks.study import sparsegpt
 from benchmarks.study.methods import Method
-from hf_admm import ADMMTrainer, ADMMTrainingArguments, parse_pattern, prune_one_shot, select_targets, sparsity_mask
+from hf_admm import ADMMTrainer, ADMMTrainingArguments, parse_pattern, select_targets, sparsity_mask
 from hf_admm.pruning.calibration import prune_in_blocks
+from hf_admm.pruning.defaults import CALIBRATION_SAMPLES
 from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.patterns import NMPattern
 from hf_admm.training.learning_rate import phase_scheduler
 
 
-CALIBRATION_ROWS = 256
 AVERAGED = 0.1  # the last part of a run whose weights are averaged
-_ONE_SHOT = ("sparsegpt", "layerwise")
 
 
 class TwoSegmentTrainer(Trainer):
@@ -156,15 +155,11 @@ def build(
         optimizer = peers.pat_optimizer(model, names, args, parsed.kept, parsed.group_size)
         return Trainer(model=model, args=args, optimizers=(optimizer, None), **parts)
     args = ADMMTrainingArguments(**arguments | {"sparsity_pattern": pattern})
-    if method.kind in _ONE_SHOT:
-        # One by one: padding would be part of the statistics.
-        rows = [encode([row]) for row in range(min(CALIBRATION_ROWS, len(parts["train_dataset"])))]
-        if method.kind == "layerwise":
-            prune_one_shot(model, rows, pattern, args.include, args.exclude)
-        else:
-            targets = select_targets(model, args.pattern, args.include, args.exclude).targets
-            prune = partial(sparsegpt.prune, kept=args.pattern.kept, group=args.pattern.group_size)
-            prune_in_blocks(PrunedWeights(model, args.pattern, targets), rows, prune)
+    if method.kind == "sparsegpt":
+        rows = [encode([row]) for row in range(min(CALIBRATION_SAMPLES, len(parts["train_dataset"])))]
+        targets = select_targets(model, args.pattern, args.include, args.exclude).targets
+        prune = partial(sparsegpt.prune, kept=args.pattern.kept, group=args.pattern.group_size)
+        prune_in_blocks(PrunedWeights(model, args.pattern, targets), rows, prune)
     trainer = ADMMTrainer(model=model, args=args, **parts)
     observer = Observer(saves, before)
     trainer.add_callback(observer)

@@ -37,7 +37,7 @@ class _Samples:
 
     def _refuse_rows_of(self, data):
         raise ValueError(
-            f"num_calibration_samples={self.args.num_calibration_samples}: the rows of {type(self).__name__} are "
+            f"num_calibration_samples={self.args.calibration_samples}: the rows of {type(self).__name__} are "
             "prompts, and what it trains on is sampled as it goes. Set it to 0, and prune before training with "
             "prune_one_shot and texts of your own instead."
         )

@@ -47,6 +47,11 @@ PENALTIES = {
     "gradient": PenaltyDefaults(rho=3e-3),
     "decoupled": PenaltyDefaults(rho=10.0),
 }
+# Where less than this is kept, a model is pruned before it trains, by layer-wise ADMM with so many rows: drawing it to
+# the pattern while it trains costs accuracy there (docs/one_shot.md).
+FEW, CALIBRATION_SAMPLES = 0.5, 256
+# Share of the run, where there is a phase 1.
+PHASE_1 = 0.6
 # Updates of the mask in phase 1, where their interval adapts.
 UPDATES = 24
 
@@ -56,4 +61,4 @@ def pull_start(pattern: SparsityPattern) -> float:
     After what share of phase 1 `distance` begins to pull. Small tasks lose accuracy if it pulls while they are learnt;
     the way to few kept entries takes longer (docs/derivation.md).
     """
-    return 0.6 if pattern.density >= 0.5 else 0.3
+    return 0.6 if pattern.density >= FEW else 0.3

@@ -58,6 +58,8 @@ def _second_phase(args, settings: PhaseSettings) -> str:
     plan = settings.plan
     frozen = max(plan.admm_steps, plan.freeze_step)
     parts, moves = ["SR-STE"], frozen > plan.admm_steps
+    if args.calibration_samples:
+        parts.insert(0, f"pruned by layer-wise ADMM with {args.calibration_samples} rows")
     as_before = settings.decay is None and settings.mask_update_steps == settings.update_steps
     if moves and as_before:
         parts.append("mask and decay as in phase 1")
@@ -67,7 +69,7 @@ def _second_phase(args, settings: PhaseSettings) -> str:
         parts.append("mask frozen")
     elif frozen < plan.max_steps:
         parts.append(f"frozen in the last {plan.max_steps - frozen}")
-    if settings.decay is not None:
+    if settings.decay is not None and (moves or settings.decay):
         parts.append(f"decay {settings.decay:g}")
     elif moves and not as_before:
         parts.append("decay as in phase 1")
@@ -101,6 +103,8 @@ def set_flags(args, max_steps: int) -> dict[str, str]:
             flags[name] = value if isinstance(value, str) else " ".join(value)
     if not args.is_own:
         flags["admm_steps"] = str(plan.admm_steps)
+        if plan.admm_steps < max_steps and args.calibration_samples:
+            flags["num_calibration_samples"] = str(args.calibration_samples)
     if plan.admm_steps:
         flags |= {"admm_penalty": settings.penalty, "admm_rho": f"{settings.rho:g}"}
         if settings.rho:
@@ -110,7 +114,7 @@ def set_flags(args, max_steps: int) -> dict[str, str]:
         flags["admm_lr_scheduler_type"] = args.phase_schedulers[0] or _plain(args.lr_scheduler_type)
     if plan.admm_steps < plan.max_steps and not args.is_own:
         flags |= {
-            "srste_mask": args.srste_mask,
+            "srste_mask": args.mask_mode,
             "srste_decay": "as at the end of phase 1" if settings.decay is None else f"{settings.decay:g}",
             "srste_lr_multiplier": f"{args.lr_multiplier:g}",
             "mask_update_steps": str(settings.mask_update_steps),

@@ -30,9 +30,17 @@ class CalibrationMixin:
     """
 
     def _check_calibration(self) -> None:
-        data = self.train_dataset
-        if self.args.is_sparse and self.args.num_calibration_samples and data is not None:
+        """Where it is the default and can't be done, the run has two phases instead."""
+        data, args = self.train_dataset, self.args
+        if not args.calibration_samples or data is None:
+            return
+        try:
             self._refuse_rows_of(data)
+        except ValueError as error:
+            if args.num_calibration_samples is not None:
+                raise
+            args.num_calibration_samples = 0
+            logger.warning(f"{error} Until then the run has two phases, as with 0.")
 
     def _refuse_rows_of(self, data) -> None:
         if isinstance(data, IterableDataset):
@@ -40,7 +48,7 @@ class CalibrationMixin:
         if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
             reason = "holds several data sets" if isinstance(data, Mapping) else "has no rows that can be looked up"
             raise ValueError(
-                f"num_calibration_samples={self.args.num_calibration_samples}, but the training data, a "
+                f"num_calibration_samples={self.args.calibration_samples}, but the training data, a "
                 f"{type(data).__name__}, {reason}. Set it to 0, and prune before training with prune_one_shot instead."
             )
 

@@ -2,7 +2,15 @@
 
 import torch
 
-from hf_admm.pruning.defaults import PENALTIES, UPDATES, PenaltyDefaults, pull_start
+from hf_admm.pruning.defaults import (
+    CALIBRATION_SAMPLES,
+    FEW,
+    PENALTIES,
+    PHASE_1,
+    UPDATES,
+    PenaltyDefaults,
+    pull_start,
+)
 from hf_admm.pruning.phases import PhaseSettings
 from hf_admm.pruning.schedules import PhasePlan, to_steps
 from hf_admm.sparsity.naming import as_names
@@ -61,8 +69,25 @@ class DerivedFlags:
 
     @property
     def calibration_samples(self) -> int:
-        """`num_calibration_samples`, or what is taken for it."""
-        return self.num_calibration_samples or 0
+        """`num_calibration_samples`, or what is taken for it: none where a flag of phase 1 says that there is one."""
+        if not self.is_sparse or self.is_own:
+            return 0
+        if self.num_calibration_samples is not None:
+            return self.num_calibration_samples
+        asks_for_phase_1 = any(flag is not None for flag in (self.admm_steps, self.admm_penalty, self.admm_rho))
+        return 0 if asks_for_phase_1 else CALIBRATION_SAMPLES if self.pattern.density < FEW else 0
+
+    @property
+    def phase_1_length(self) -> float:
+        """`admm_steps`, or what is taken for it: a model that is pruned before it trains needs no phase 1."""
+        if self.admm_steps is not None:
+            return self.admm_steps
+        return 0 if self.calibration_samples else PHASE_1
+
+    @property
+    def mask_mode(self) -> str:
+        """`srste_mask`, or what is taken for it."""
+        return self.srste_mask or ("fixed" if self.calibration_samples else "dynamic")
 
     @property
     def include(self) -> list[str] | str | None:
@@ -82,7 +107,9 @@ class DerivedFlags:
             `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
         """
         plan, decay = self.phase_plan(max_steps), self.srste_decay
-        if decay is None:
+        if decay is None and self.mask_mode == "fixed":
+            decay = 0.0  # nothing that is pruned comes back
+        elif decay is None:
             decay = self.defaults.decay if plan.admm_steps and self.rho else PENALTIES["loss"].decay
         interval = self.admm_update_steps or self.defaults.update_steps or max(1, plan.admm_steps // UPDATES)
         mask_interval = self.mask_update_steps or (self.defaults.mask_update_steps if decay is None else 1) or interval
@@ -107,8 +134,8 @@ class DerivedFlags:
         """
         if self.is_own:
             return PhasePlan(max_steps, 0, 0)
-        admm_steps = to_steps("admm_steps", self.admm_steps, max_steps)
+        admm_steps = to_steps("admm_steps", self.phase_1_length, max_steps)
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
-        freeze_step = admm_steps if self.srste_mask == "fixed" else max_steps - frozen
+        freeze_step = admm_steps if self.mask_mode == "fixed" else max_steps - frozen
         start = pull_start(self.pattern) if self.is_sparse else 0.0
         return PhasePlan(max_steps, admm_steps, max(admm_steps, freeze_step), start)

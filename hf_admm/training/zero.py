@@ -53,14 +53,17 @@ def refuse_deepspeed(args, config: Mapping | str | None) -> None:
         faults.append("sparsity_pattern='own' masks the gradient")
     elif args.penalty != "distance":
         faults.append(f"admm_penalty={args.penalty!r} joins the gradient or the step")
-    elif args.srste_decay or (args.srste_decay is None and not (args.admm_steps and args.rho)):
+    elif args.srste_decay or (
+        args.srste_decay is None and args.mask_mode != "fixed" and not (args.phase_1_length and args.rho)
+    ):
         faults.append("srste_decay joins the gradient of phase 2")
     if str(getattr(args.optim, "value", args.optim)).startswith("schedule_free"):
         faults.append(f"optim={args.optim} swaps weights")
     if faults:
         raise ValueError(
             f"Sparse training under DeepSpeed: {'; '.join(faults)}. Supported are ZeRO of stages 1 and 2 in float32 "
-            "or bfloat16 without offloading, with admm_penalty='distance', a phase 1, and srste_decay left away. "
+            "or bfloat16 without offloading, with admm_penalty='distance', a phase 1 or a fixed mask, and srste_decay left "
+            "away. "
             "Change that, train with DDP or FSDP2, or set sparsity_pattern='none'."
         )
 
