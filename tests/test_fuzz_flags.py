@@ -28,13 +28,14 @@ GOOD = {
     "sparsity_pattern": st.sampled_from(PATTERNS),
     "sparsity_include": st.none() | st.just(["0", "1"]) | st.just([".*"]) | st.just(r"\d"),
     "sparsity_exclude": st.none() | st.just(["0"]) | st.just(["[0]"]),
-    "admm_steps": st.floats(0, 1) | st.integers(0, 40),
+    "admm_steps": st.none() | st.floats(0, 1) | st.integers(0, 40),
     "admm_rho": st.none() | st.floats(1e-30, 100) | st.sampled_from([0, 1e-30, 1e30]),
     "admm_rho_schedule": st.sampled_from(sorted(RHO_SCHEDULES)),
     "admm_update_steps": st.integers(1, 100),
     "admm_penalty": st.none() | st.sampled_from(sorted(PENALTIES)),
     "admm_lr_scheduler_type": st.none() | st.sampled_from(PLAIN_SCHEDULERS),
-    "srste_mask": st.sampled_from(MASK_MODES),
+    "num_calibration_samples": st.none() | st.integers(0, 1000),
+    "srste_mask": st.none() | st.sampled_from(MASK_MODES),
     "srste_decay": st.floats(0, 1),
     "srste_lr_multiplier": st.none() | st.floats(1e-3, 10),
     "admm_state_dtype": st.sampled_from(STATE_DTYPES),
@@ -96,6 +97,7 @@ def assert_sensible(args, max_steps):
     assert args.srste_decay is None or math.isfinite(args.srste_decay) and args.srste_decay >= 0
     assert 1 <= (args.admm_update_steps or 1) < 2**63 and 1 <= (args.mask_update_steps or 1) < 2**63
     numbers = (args.admm_rho, args.srste_decay, args.admm_steps, args.mask_freeze_steps, args.admm_update_steps)
+    numbers = (*numbers, args.num_calibration_samples)
     assert not any(isinstance(number, bool) for number in (*numbers, args.mask_update_steps))
     for names in (args.include, args.exclude):
         assert names is None or isinstance(names, str) or all(isinstance(name, str) for name in names)
@@ -108,7 +110,9 @@ def assert_sensible(args, max_steps):
     assert 0 <= plan.admm_steps <= plan.freeze_step <= plan.max_steps == max_steps
     assert all(type(step) is int for step in (plan.admm_steps, plan.freeze_step))
     assert sum(plan.segments) == max_steps and all(plan.segments)
-    assert args.srste_mask == "dynamic" or plan.freeze_step == plan.admm_steps
+    assert args.mask_mode == "dynamic" or plan.freeze_step == plan.admm_steps
+    assert args.calibration_samples == 0 or args.is_sparse and args.calibration_samples > 0
+    assert args.calibration_samples == 0 or args.admm_steps is not None or plan.admm_steps == 0
     settings = args.phase_settings(max_steps)
     assert settings.update_steps >= 1 and (settings.decay is None or settings.decay >= 0)
     shares = [plan.shrinkage(args.rho, step) for step in range(max(1, plan.admm_steps))]

@@ -13,7 +13,7 @@ NO_PENALTY = {"admm_penalty": "distance", "admm_rho": 0.0}  # with the rates of 
 FIXED_MASK = {"srste_mask": "fixed", "srste_decay": 0.0}
 SR_STE = {"srste_mask": "dynamic", "srste_decay": 2e-4}
 # What is the default where at least half is kept, whatever the pattern.
-TWO_PHASES = {"admm_steps": 0.6}
+TWO_PHASES = {"num_calibration_samples": 0}
 # One phase and one schedule, at the rate of the others' first phase or at twice it, whichever does better.
 ONE_PHASE = {"admm_steps": 0.0, "srste_lr_multiplier": 1.0}
 LAYERWISE = ONE_PHASE | {"num_calibration_samples": 256}

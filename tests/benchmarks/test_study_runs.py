@@ -160,12 +160,12 @@ def test_kinds_of_trainers(tiny_bert, token_data, tmp_path):
 
     assert isinstance(made("dense"), TwoSegmentTrainer) and not isinstance(made("dense"), ADMMTrainer)
     assert made("sr_ste").args.admm_steps == 0 and made("sr_ste").args.srste_mask == "dynamic"
+    assert made("layerwise").args.calibration_samples == made("layerwise_sr_ste").args.calibration_samples == 256
     assert made("asp").args.rho == 0 and made("asp").args.srste_mask == "fixed"
     start = tiny_bert().bert.encoder.layer[0].output.dense.weight
-    for name in ("sparsegpt", "layerwise", "layerwise_sr_ste"):
-        pruned = made(name).model.bert.encoder.layer[0].output.dense.weight
-        assert (pruned == 0).float().mean() == 0.5, name
-        assert not torch.equal(pruned[pruned != 0], start[pruned != 0]), f"{name}: what is left was not moved"
+    pruned = made("sparsegpt").model.bert.encoder.layer[0].output.dense.weight
+    assert (pruned == 0).float().mean() == 0.5
+    assert not torch.equal(pruned[pruned != 0], start[pruned != 0]), "what is left was not moved"
 
 
 def test_rivals_of_n_m_alone_refuse_other_patterns(tiny_bert):
@@ -203,7 +203,9 @@ def test_every_method_leaves_a_line(method, place):
     assert line["value"] == line["metrics"]["accuracy"] and 0 <= line["value"] <= 1
     dense = METHODS[method].dense
     assert line["broken_groups"] == 0 and line["sparsity"] == (0 if dense else pytest.approx(0.5, abs=0.01))
-    assert (line["phase_1"] is not None) == (method in ("ours", "ours_teacher", "rho0", "admm_fixed", "asp"))
+    assert (line["phase_1"] is not None) == (
+        method in ("ours", "two_phases", "ours_teacher", "rho0", "admm_fixed", "asp")
+    )
     if method == "ours":
         assert {name for name, figure in line["phase_1"].items() if figure is None} <= {"share_of_final"}
     assert line["machine"]["threads"] == 1 and line["versions"]["torch"] and line["seconds"] > 0
