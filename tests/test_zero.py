@@ -17,7 +17,8 @@ needs_deepspeed = pytest.mark.skipif(not importlib.util.find_spec("deepspeed"), 
 
 @pytest.fixture(scope="module")
 def plain(tmp_path_factory):
-    return zero_worker.run(tmp_path_factory.mktemp("plain"))
+    kinds = {"two phases": {}, **zero_worker.CALIBRATED}
+    return {name: zero_worker.run(tmp_path_factory.mktemp("plain"), **flags) for name, flags in kinds.items()}
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["one process", "two processes"])
@@ -30,10 +31,11 @@ def runs(request, tmp_path_factory):
 @needs_deepspeed
 @needs_gloo
 def test_a_run_is_that_of_the_plain_trainer(runs, plain):
-    for stage in (1, 2):
-        for name, weight in runs[0][f"zero{stage}"].items():
-            torch.testing.assert_close(weight, plain[name], rtol=1e-4, atol=5e-5, msg=f"stage {stage}: {name}")
-            assert torch.equal(weight == 0, plain[name] == 0), name
+    kinds = {"zero1": "two phases", "zero2": "two phases"} | {kind: kind for kind in zero_worker.CALIBRATED}
+    for kind, same in kinds.items():
+        for name, weight in runs[0][kind].items():
+            torch.testing.assert_close(weight, plain[same][name], rtol=1e-4, atol=5e-5, msg=f"{kind}: {name}")
+            assert torch.equal(weight == 0, plain[same][name] == 0), name
 
 
 @needs_deepspeed
@@ -86,7 +88,9 @@ def test_what_is_out_of_reach_is_refused(config, flags, message, tmp_path):
             refuse_deepspeed(args, given)
 
 
-@pytest.mark.parametrize("flags", [{}, {"srste_decay": 0.0}, {"admm_steps": 5, "bf16": True}])
+@pytest.mark.parametrize(
+    "flags", [{}, {"srste_decay": 0.0}, {"admm_steps": 5, "bf16": True}, {"sparsity_pattern": "1:4"}]
+)
 def test_the_default_run_is_let_through(flags, tmp_path):
     args = ADMMTrainingArguments(str(tmp_path), use_cpu=True, **flags)
     for stage in (1, 2):

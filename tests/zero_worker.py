@@ -15,6 +15,11 @@ from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
+# Pruned by layer-wise ADMM at the switch, and before the first step.
+CALIBRATED = {
+    "at switch": {"num_calibration_samples": 12},
+    "at start": {"num_calibration_samples": 12, "admm_steps": 0, "sparsity_pattern": "1:4"},
+}
 PRUNED = "bert.encoder.layer.1.output.dense.weight"
 
 
@@ -55,9 +60,9 @@ def run(folder: Path, stage: int = 0, resume: str | None = None, **flags) -> dic
     model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data(64)
     args = ADMMTrainingArguments(
         str(folder), max_steps=12, per_device_train_batch_size=8 // PROCESSES, learning_rate=1e-2,
-        gradient_accumulation_steps=2, admm_steps=6, admm_update_steps=2, save_steps=4, eval_strategy="steps",
-        eval_steps=4, logging_steps=1, max_grad_norm=0.0, report_to="none", disable_tqdm=True, use_cpu=True,
-        deepspeed=config(stage) if stage else None, **flags,
+        gradient_accumulation_steps=2, admm_update_steps=2, save_steps=4, eval_strategy="steps", eval_steps=4,
+        logging_steps=1, max_grad_norm=0.0, report_to="none", disable_tqdm=True, use_cpu=True,
+        deepspeed=config(stage) if stage else None, **{"admm_steps": 6, **flags},
     )  # fmt: skip
     callback = Masters()
     trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16], callbacks=[callback])
@@ -82,6 +87,8 @@ def main(folder: Path) -> None:
     runs = {f"zero{stage}": run(folder / f"zero{stage}", stage) for stage in (1, 2)}
     for step in (4, 8):
         runs[f"resumed{step}"] = run(folder / f"resumed{step}", 2, str(folder / "zero2" / f"checkpoint-{step}"))
+    for name, flags in CALIBRATED.items():
+        runs[name] = run(folder / name, 2, **flags)
     runs["bf16"] = run(folder / "bf16", 2, bf16=True)
     runs["bf16 resumed"] = run(folder / "bf16 resumed", 2, str(folder / "bf16" / "checkpoint-8"), bf16=True)
     torch.save(runs, folder / f"rank{os.environ['RANK']}.pt")
