@@ -40,7 +40,7 @@ def test_every_flag_is_there_with_its_default():
     taken = {"admm_penalty": ADMMTrainingArguments(output_dir="out").penalty}  # its None has one meaning
     for name, default in (fields | taken).items():
         # None stands for nothing, or for a default that depends on another flag.
-        allowed = {"", "by penalty", "by teacher"} if default is None else {f"`{default}`"}
+        allowed = {"", "by penalty", "by teacher", "by pattern"} if default is None else {f"`{default}`"}
         assert ROWS[name] in allowed, f"{name}: {ROWS[name]} instead of {' or '.join(allowed)}"
         if name in (flag for flag, _ in FLAGS.values()):
             assert ROWS[name] == "by penalty", name
@@ -48,6 +48,23 @@ def test_every_flag_is_there_with_its_default():
 
 def test_the_defaults_by_penalty_are_those_of_the_code():
     assert defaults_table() in PAGE, f"docs/flags.md should hold:\n\n{defaults_table()}"
+
+
+def test_the_defaults_by_pattern_are_those_of_the_code(tmp_path):
+    for kept, pattern in (("at least half", "2:4"), ("less", "1:4")):
+        args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern=pattern)
+        row = f"| {kept} | `{args.calibration_samples}` | `{args.phase_1_length}` | `{args.mask_mode}` |"
+        assert row in PAGE, f"docs/flags.md should hold:\n\n{row}"
+
+
+@pytest.mark.parametrize("flags", [{"admm_steps": 0.5}, {"admm_penalty": "distance"}, {"admm_rho": 0.0}])
+def test_a_flag_of_phase_1_asks_for_it_as_said(flags, tmp_path):
+    args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern="1:4", **flags)
+    assert args.calibration_samples == 0 and args.phase_1_length == flags.get("admm_steps", 0.6)
+    assert args.mask_mode == "dynamic"
+    both = ADMMTrainingArguments(str(tmp_path), sparsity_pattern="2:4", num_calibration_samples=8, **flags)
+    assert both.calibration_samples == 8 and both.mask_mode == "fixed"
+    assert both.phase_1_length == flags.get("admm_steps", 0)
 
 
 def test_the_start_of_the_pull_is_that_of_the_code():

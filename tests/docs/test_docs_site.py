@@ -34,7 +34,7 @@ def test_arguments_have_types_defaults_and_headings(site):
     page = words(site, "reference/arguments.html")
     assert "sparsity_pattern (str, default: '2:4' ) – \"N:M\" (N kept" in page
     assert "Phase 1, ADMM admm_steps (float, default:" in page
-    assert "Phase 2, SR-STE srste_mask (str, default:" in page
+    assert "Phase 2, SR-STE num_calibration_samples (int, default:" in page
     assert "Distillation" in page and "distill_temperature (float, default:" in page
 
 
