@@ -3,6 +3,7 @@
 import dataclasses
 import re
 
+import pytest
 from docs_pages import ROOT
 
 from hf_admm import ADMMArgumentsMixin, ADMMTrainingArguments, parse_pattern
