@@ -26,7 +26,8 @@ def trainer_of(architecture: Architecture, folder, seed=0) -> ADMMTrainer:
     """Three steps of each phase, with dropout as the config has it, and a checkpoint in the midst of either."""
     args = ADMMTrainingArguments(
         str(folder), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-3, admm_steps=3, admm_update_steps=1,
-        admm_rho=0.1, save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True,
+        admm_rho=0.1, num_calibration_samples=3, save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True,
+        use_cpu=True,
     )  # fmt: skip
     model, data = architecture.tiny(seed), architecture.data()
     return ADMMTrainer(model, args, train_dataset=data, data_collator=architecture.collate)
