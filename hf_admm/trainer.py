@@ -92,7 +92,8 @@ class ADMMTrainerMixin(
         if not hasattr(self.args, "sparsity_pattern"):  # the trainer has made its own
             raise ValueError(wrong_arguments(type(self), self.args, wanted, ADMMArgumentsMixin))
         self._check_distillation()
-        self._check_calibration()
+        if self.train_dataset is not None:  # without one, evaluation is all that is wanted
+            self._check_calibration()
         self._set_up_sparsity()
 
     def _set_up_sparsity(self) -> None:

@@ -4,6 +4,7 @@ import re
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import groupby
+from typing import Any
 
 import torch
 from torch import nn
@@ -52,9 +53,9 @@ class InputMoments:
 @torch.no_grad()
 def prune_in_blocks(
     weights: PrunedWeights,
-    batches: Iterable[Mapping],
+    batches: Iterable,
     prune: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-    forward: Callable[[Mapping], None] | None = None,
+    forward: Callable[[Any], None] | None = None,
     leaves_unreached: bool = False,
 ) -> dict[str, float]:
     """
@@ -65,13 +66,13 @@ def prune_in_blocks(
         weights ([`PrunedWeights`]):
             The weights, in the order of the model. They are as before if anything fails; until the end, a copy of them
             is held.
-        batches (`Iterable[Mapping]`):
+        batches (`Iterable`):
             The data.
         prune (`Callable`):
             Gives the pruned weight from one of shape `(out_features, in_features)` and the second moments of its
             inputs.
         forward (`Callable`, *optional*):
-            Calls the model with a batch, `model(**batch)` by default.
+            Calls the model with a batch, by default `model(**batch)` on the device of the model.
         leaves_unreached (`bool`, *optional*, defaults to `False`):
             Whether a weight that is no linear layer's that the batches reach is left as it is.
 
@@ -84,7 +85,7 @@ def prune_in_blocks(
     batches, model = list(batches), weights.model
     if not batches:
         raise ValueError("There is no batch to see the inputs of the layers with: give a few hundred rows.")
-    runs = _Runs(weights, batches, forward or (lambda batch: model(**batch)))
+    runs = _Runs(weights, batches, forward or (lambda batch: model(**_on_device_of(model, batch))))
     modes = {module: module.training for module in model.modules()}
     before, errors = {}, {}
     model.eval()
@@ -123,10 +124,15 @@ def _block(name: str) -> str:
     return (re.match(r".*?\d+", name) or [name])[0]
 
 
+def _on_device_of(model: nn.Module, batch: Mapping) -> dict:
+    device = local(next(model.parameters())).device
+    return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
+
+
 class _Runs:
     """Passes of batches through a model, in which the inputs of some layers are seen."""
 
-    def __init__(self, weights: PrunedWeights, batches: list, forward: Callable[[Mapping], None]):
+    def __init__(self, weights: PrunedWeights, batches: list, forward: Callable[[Any], None]):
         self.weights, self.batches, self.forward = weights, batches, forward
         self.tokens: torch.Tensor | None = None  # zero where there is padding
         config = getattr(weights.model, "config", None)
@@ -145,7 +151,6 @@ class _Runs:
     def watch(self, names: Iterable[str], take: Callable) -> None:
         """Calls `take` with each of these weights' names, the inputs of its layer, and the mask of the padding."""
         model = self.weights.model
-        device = local(next(model.parameters())).device
         with ExitStack() as hooks:
             for name in names:
                 if name.endswith(".weight"):
@@ -160,9 +165,7 @@ class _Runs:
             for batch in self.batches:
                 self.tokens = None
                 self.weights.reshard()  # what was changed since the last pass
-                self.forward(
-                    {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
-                )
+                self.forward(batch)
 
     def _see_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask")

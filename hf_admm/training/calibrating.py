@@ -31,11 +31,11 @@ class CalibrationMixin:
 
     def _check_calibration(self) -> None:
         """Where it is the default and can't be done, the run has two phases instead."""
-        data, args = self.train_dataset, self.args
-        if not args.calibration_samples or data is None:
+        args = self.args
+        if not args.calibration_samples:
             return
         try:
-            self._refuse_rows_of(data)
+            self._refuse_rows_of(self.train_dataset)
         except ValueError as error:
             if args.num_calibration_samples is not None:
                 raise
@@ -46,10 +46,15 @@ class CalibrationMixin:
         if isinstance(data, IterableDataset):
             return
         if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-            reason = "holds several data sets" if isinstance(data, Mapping) else "has no rows that can be looked up"
+            kind = type(data).__name__
+            reason = f"a {kind}, has no rows that can be looked up"
+            if data is None:
+                reason = "there is no train_dataset"
+            elif isinstance(data, Mapping):
+                reason = f"train_dataset, a {kind}, holds several data sets"
             raise ValueError(
-                f"num_calibration_samples={self.args.calibration_samples}, but the training data, a "
-                f"{type(data).__name__}, {reason}. Set it to 0, and prune before training with prune_one_shot instead."
+                f"num_calibration_samples={self.args.calibration_samples}, but {reason}. Set it to 0, and prune "
+                "before training with prune_one_shot instead."
             )
 
     def _calibrate(self, weights: PrunedWeights) -> dict[str, float]:
@@ -70,9 +75,12 @@ class CalibrationMixin:
             )
         return errors
 
-    def _calibration_batches(self) -> list[Mapping]:
+    def _calibration_batches(self) -> list:
         loader, most = self.callback_handler.train_dataloader, self.args.calibration_samples
-        data, size = loader.dataset, self.args.per_device_train_batch_size
+        # A loader of the user's own may have neither.
+        data = getattr(loader, "dataset", self.train_dataset)
+        collate = getattr(loader, "collate_fn", self.data_collator)
+        size = self.args.per_device_train_batch_size
         if isinstance(data, IterableDatasetShard):
             data = data.dataset
         self._refuse_rows_of(data)
@@ -81,9 +89,9 @@ class CalibrationMixin:
         else:
             count = min(most, len(data))
             rows = [data[index * len(data) // count] for index in range(count)]
-        return [loader.collate_fn(rows[start : start + size]) for start in range(0, len(rows), size)]
+        return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
 
-    def _calibration_forward(self, batch: Mapping) -> None:
+    def _calibration_forward(self, batch) -> None:
         inputs = self._prepare_inputs(batch)
         with self.compute_loss_context_manager():
             self.compute_loss(self.model, inputs)

@@ -164,3 +164,26 @@ def test_user_errors(tiny_bert, token_data, tmp_path):
     for given, reason in (({"a": data}, "a dict, holds several"), (iter(data), "a list_iterator, has no rows")):
         with pytest.raises(ValueError, match=f"num_calibration_samples=4, .*{reason}.*prune_one_shot"):
             ADMMTrainer(tiny_bert(), prepared.args, train_dataset=given)
+    with pytest.raises(ValueError, match="num_calibration_samples=4, but there is no train_dataset"):
+        ADMMTrainer(tiny_bert(), prepared.args).train()
+
+
+class Stream(torch.utils.data.IterableDataset):
+    def __init__(self, rows):
+        self.rows = rows
+
+    def __iter__(self):
+        return iter(self.rows)
+
+
+def test_a_default_that_can_not_be_has_two_phases_instead(tiny_bert, token_data, tmp_path, caplog):
+    flags = {"sparsity_pattern": "1:4", "admm_steps": None, "admm_rho": None, "parts": {"eval_dataset": None}}
+    trainer = train(tiny_bert(), Stream(token_data(128)), tmp_path, **flags)
+    assert "a Stream, has no rows that can be looked up. Set it to 0" in caplog.text
+    assert "the run has two phases, as with 0" in caplog.text
+    phases = [log["admm/phase"] for log in trainer.state.log_history if "admm/phase" in log]
+    assert set(phases) == {1, 2} and trainer.audit.ok
+    caplog.clear()
+    trainer = train(tiny_bert(), token_data(64), tmp_path, **flags)
+    phases = [log["admm/phase"] for log in trainer.state.log_history if "admm/phase" in log]
+    assert set(phases) == {2} and trainer.audit.ok and "two phases" not in caplog.text
