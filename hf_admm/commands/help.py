@@ -29,7 +29,7 @@ COMMON_FLAGS = (
 _SECTIONS = {
     "what is pruned": ("sparsity_",),
     "phase 1, ADMM": ("admm_",),
-    "phase 2, SR-STE": ("srste_", "mask_"),
+    "phase 2, SR-STE": ("num_calibration_", "srste_", "mask_"),
     "distillation": ("distill_",),
 }
 _MOST_CHOICES = 5

@@ -141,6 +141,8 @@ def _figures(number: int, own: Sequence[Mapping[str, float]], second: Sequence[M
             texts.append(f"residual {residual:.2%}")
         if cut is not None:
             texts.append(f"{cut:.2%} cut off at the switch")
+    if number == 2 and (change := _last(own, "admm/output_change")) is not None:
+        texts.append(f"outputs of layers changed by {change:.0%} when pruned")
     if (flips := _last(own, "admm/mask_flips")) is not None:
         texts.append(f"flips {flips:.2g}")
     return f": {', '.join(texts)}" if texts else ""

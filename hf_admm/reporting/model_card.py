@@ -41,6 +41,17 @@ _CITATIONS = """\
     archivePrefix = {arXiv}
 }
 ```"""
+_LAYERWISE_CITATION = """\
+```bibtex
+@inproceedings{meng2024alps,
+    title = {{ALPS: Improved Optimization for Highly Sparse One-Shot Pruning for Large Language Models}},
+    author = {Meng, Xiang and Behdin, Kayhan and Wang, Haoyue and Mazumder, Rahul},
+    booktitle = {Advances in Neural Information Processing Systems},
+    year = {2024},
+    eprint = {2406.07831},
+    archivePrefix = {arXiv}
+}
+```"""
 
 
 @dataclass(frozen=True)
@@ -191,6 +202,8 @@ def sparsity_section(facts: CardFacts) -> str:
         "The methods of the two phases:",
         _CITATIONS,
     ]
+    if "num_calibration_samples" in facts.flags:
+        parts += ["The weights were pruned by layer-wise ADMM:", _LAYERWISE_CITATION]
     return "\n\n".join(parts)
 
 

@@ -57,9 +57,10 @@ def _first_phase(settings: PhaseSettings) -> str:
 def _second_phase(args, settings: PhaseSettings) -> str:
     plan = settings.plan
     frozen = max(plan.admm_steps, plan.freeze_step)
-    parts, moves = ["SR-STE"], frozen > plan.admm_steps
-    if args.calibration_samples:
-        parts.insert(0, f"pruned by layer-wise ADMM with {args.calibration_samples} rows")
+    moves = frozen > plan.admm_steps
+    parts = [f"pruned by layer-wise ADMM with {args.calibration_samples} rows"] if args.calibration_samples else []
+    if moves or not parts:
+        parts.append("SR-STE")
     as_before = settings.decay is None and settings.mask_update_steps == settings.update_steps
     if moves and as_before:
         parts.append("mask and decay as in phase 1")
