@@ -76,14 +76,15 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         num_calibration_samples (`int`, *optional*):
             Rows of the training set with which layer-wise ADMM ([`prune_one_shot`]) prunes at the switch to phase 2,
             before the first step if `admm_steps` is 0. With 0, the mask is that of the weights' size. `None` takes 256
-            where the pattern keeps less than half and none of `admm_steps`, `admm_penalty` and `admm_rho` is given,
-            else 0.
+            where the pattern keeps less than half and none of `admm_steps`, `admm_penalty`, `admm_rho`,
+            `admm_update_steps` and `admm_lr_scheduler_type` is given, else 0.
         srste_mask (`str`, *optional*):
             `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1. `None` takes
-            `"fixed"` with `num_calibration_samples`, else `"dynamic"`.
+            `"fixed"` with `num_calibration_samples` if neither `srste_decay` nor `mask_update_steps` is given, else
+            `"dynamic"`.
         srste_decay (`float`, *optional*):
-            SR-STE's lambda: the decay of the pruned weights, added to their gradient. `None` takes 2e-4, but after
-            `"distance"`, where pruned weights shrink on by the share of phase 1's end.
+            SR-STE's lambda: the decay of the pruned weights, added to their gradient. `None` takes 2e-4, but 0 with a
+            fixed mask, and after `"distance"` pruned weights shrink on by the share of phase 1's end.
         srste_lr_multiplier (`float`, *optional*):
             Peak learning rate of phase 2, as a multiple of the optimizer's (`learning_rate`, or that of an optimizer
             of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense

@@ -19,6 +19,7 @@ from trl import (
 
 from hf_admm.arguments import ADMMArgumentsMixin
 from hf_admm.trainer import ADMMTrainerMixin
+from hf_admm.training.calibrating import TWO_PHASES_INSTEAD
 
 
 class _Samples:
@@ -37,9 +38,8 @@ class _Samples:
 
     def _refuse_rows_of(self, data):
         raise ValueError(
-            f"num_calibration_samples={self.args.calibration_samples}: the rows of {type(self).__name__} are "
-            "prompts, and what it trains on is sampled as it goes. Set it to 0, and prune before training with "
-            "prune_one_shot and texts of your own instead."
+            f"The rows of {type(self).__name__} are prompts, and what it trains on is sampled as it goes. "
+            f"{TWO_PHASES_INSTEAD}"
         )
 
 

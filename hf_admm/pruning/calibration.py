@@ -99,6 +99,8 @@ def prune_in_blocks(
             )
         for _, block in groupby((name for name in weights.targets if name in reached), key=_block):
             for name, moments in runs.moments(list(block)).items():
+                if not moments.rows and leaves_unreached:  # an expert, once the layers before it are pruned
+                    continue
                 if not moments.matrix.isfinite().all():
                     raise ValueError(f"The inputs of {name} are not finite: the batches or the model are damaged.")
                 whole, transposed = weights.whole_of(name), weights.targets[name].transposed
@@ -156,7 +158,8 @@ class _Runs:
                 if name.endswith(".weight"):
                     layer = model.get_submodule(name.removesuffix(".weight"))
                     hook = layer.register_forward_pre_hook(
-                        lambda _, inputs, name=name: take(name, inputs[0], self.tokens)
+                        lambda _, args, kwargs, name=name: take(name, [*args, *kwargs.values()][0], self.tokens),
+                        with_kwargs=True,
                     )
                     hooks.enter_context(hook)
             for module in model.modules():

@@ -119,6 +119,7 @@ class ADMMState:
         before, self.phase = self.phase, phase(self.weights, settings)
         self.phase.begin(step, before)
         if changes:
+            self.phase.figures.pop("switch_residual", None)  # of what was pruned by its data, not cut off
             self.phase.figures["output_change"] = sum(changes.values()) / len(changes)
 
     def before_forward(self, step: int, settings: PhaseSettings) -> None:

@@ -58,7 +58,9 @@ def _second_phase(args, settings: PhaseSettings) -> str:
     plan = settings.plan
     frozen = max(plan.admm_steps, plan.freeze_step)
     moves = frozen > plan.admm_steps
-    parts = [f"pruned by layer-wise ADMM with {args.calibration_samples} rows"] if args.calibration_samples else []
+    parts = []
+    if args.calibration_samples:
+        parts.append(f"pruned by layer-wise ADMM with up to {args.calibration_samples} rows")
     if moves or not parts:
         parts.append("SR-STE")
     as_before = settings.decay is None and settings.mask_update_steps == settings.update_steps

@@ -5,6 +5,7 @@ from functools import partial
 
 import torch
 from accelerate.data_loader import IterableDatasetShard
+from accelerate.utils.memory import should_reduce_batch_size
 from datasets import IterableDataset
 from torch import distributed
 
@@ -18,52 +19,64 @@ from hf_admm.training.traceless import as_it_was, same_randomness
 
 logger = get_logger(__name__)
 
+TWO_PHASES_INSTEAD = (
+    "With num_calibration_samples=0 the run has two phases instead; prune_one_shot prunes before training with data "
+    "of your own."
+)
+
 
 class CalibrationMixin:
     """
     The part of [`ADMMTrainerMixin`] that prunes by layer-wise ADMM at the switch to phase 2, or before the first step
     where there is no phase 1.
 
-    The rows lie evenly over the data of the training's own data loader, and go through its collator and the trainer's
-    `compute_loss`, in evaluation mode, on every process alike. They draw no random number, and change nothing but the
-    weights.
+    The rows lie evenly over the data of the training's own data loader (of a stream, they are its first). They go
+    through its collator and the trainer's `compute_loss`, in evaluation mode, on every process alike. They draw no
+    random number; the trainer, the logs, and the model but for its weights stay as they are.
     """
+
+    _calibrating = False
 
     def _check_calibration(self) -> None:
         """Where it is the default and can't be done, the run has two phases instead."""
-        args = self.args
+        args, data = self.args, self.train_dataset
+        args.can_not_calibrate = False
         if not args.calibration_samples:
             return
+        if args.num_calibration_samples is not None:
+            if data is not None:  # else the data loader is the user's own
+                self._refuse_rows_of(data)
+            return
         try:
-            self._refuse_rows_of(self.train_dataset)
+            self._refuse_rows_of(data)
         except ValueError as error:
-            if args.num_calibration_samples is not None:
-                raise
-            args.num_calibration_samples = 0
-            logger.warning(f"{error} Until then the run has two phases, as with 0.")
+            args.can_not_calibrate = True
+            logger.warning(f"A model is pruned by its data before it trains to {args.pattern}, by default. {error}")
 
     def _refuse_rows_of(self, data) -> None:
         if isinstance(data, IterableDataset):
             return
-        if isinstance(data, Mapping) or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
-            kind = type(data).__name__
-            reason = f"a {kind}, has no rows that can be looked up"
+        stream = isinstance(data, torch.utils.data.IterableDataset)
+        if isinstance(data, Mapping) or stream or not (hasattr(data, "__getitem__") and hasattr(data, "__len__")):
+            reason = f"The training data ({type(data).__name__}) has no rows that can be looked up"
             if data is None:
-                reason = "there is no train_dataset"
+                reason = "There is no train_dataset"
             elif isinstance(data, Mapping):
-                reason = f"train_dataset, a {kind}, holds several data sets"
-            raise ValueError(
-                f"num_calibration_samples={self.args.calibration_samples}, but {reason}. Set it to 0, and prune "
-                "before training with prune_one_shot instead."
-            )
+                reason = f"The training data ({type(data).__name__}) are several data sets"
+            raise ValueError(f"{reason}. {TWO_PHASES_INSTEAD}")
 
     def _calibrate(self, weights: PrunedWeights) -> dict[str, float]:
         """Prunes the weights, and returns how much of each layer's output was changed, by the name of the weight."""
-        logger.info(f"Layer-wise ADMM with {self.args.calibration_samples} rows of the training set.")
+        if weights.obey():
+            logger.info(f"The model obeys {weights.pattern} already: its zeros stay.")
+            return {}
+        batches = self._calibration_batches()
+        logger.info(f"Layer-wise ADMM with up to {self.args.calibration_samples} rows of the training set.")
         with as_it_was(self.model, self), same_randomness(self.model, self.args.device):
+            self._calibrating = True
             errors = prune_in_blocks(
                 weights,
-                self._calibration_batches(),
+                batches,
                 partial(_prune_alike, pattern=weights.pattern),
                 self._calibration_forward,
                 leaves_unreached=True,
@@ -77,24 +90,43 @@ class CalibrationMixin:
 
     def _calibration_batches(self) -> list:
         loader, most = self.callback_handler.train_dataloader, self.args.calibration_samples
+        size = max(1, self._train_batch_size // max(1, self.args.n_gpu))  # the one in force, if one is searched for
         # A loader of the user's own may have neither.
         data = getattr(loader, "dataset", self.train_dataset)
         collate = getattr(loader, "collate_fn", self.data_collator)
-        size = self.args.per_device_train_batch_size
         if isinstance(data, IterableDatasetShard):
             data = data.dataset
         self._refuse_rows_of(data)
+        holds_batches = getattr(loader, "batch_sampler", loader) is None
+        most = -(-most // size) if holds_batches else most
         if isinstance(data, IterableDataset):
             rows = list(data.take(most))
         else:
             count = min(most, len(data))
             rows = [data[index * len(data) // count] for index in range(count)]
-        return [collate(rows[start : start + size]) for start in range(0, len(rows), size)]
+        if holds_batches:
+            return [collate(row) for row in rows]
+        parts = [rows[start : start + size] for start in range(0, len(rows), size)]
+        if self.args.dataloader_drop_last and len(parts) > 1 and len(parts[-1]) < size:
+            parts.pop()
+        return [collate(part) for part in parts]
 
     def _calibration_forward(self, batch) -> None:
-        inputs = self._prepare_inputs(batch)
-        with self.compute_loss_context_manager():
-            self.compute_loss(self.model, inputs)
+        """Only the passes through the model count: some models and trainers have no loss in evaluation mode."""
+        passed = []
+        hook = self.model.register_forward_hook(lambda *_: passed.append(True))
+        try:
+            with self.compute_loss_context_manager():
+                self.compute_loss(self.model, self._prepare_inputs(batch))
+        except Exception as error:
+            if not passed or should_reduce_batch_size(error):
+                raise
+        finally:
+            hook.remove()
+
+    def log(self, *args, **kwargs) -> None:
+        if not self._calibrating:
+            super().log(*args, **kwargs)
 
 
 def _prune_alike(weight: torch.Tensor, moments: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:

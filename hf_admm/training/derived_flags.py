@@ -23,6 +23,9 @@ class DerivedFlags:
     exist.
     """
 
+    # What the trainer that has these arguments found: there are no rows to prune by.
+    can_not_calibrate = False
+
     @property
     def is_sparse(self) -> bool:
         """Whether anything is pruned, that is `sparsity_pattern` is not `"none"`."""
@@ -74,8 +77,11 @@ class DerivedFlags:
             return 0
         if self.num_calibration_samples is not None:
             return self.num_calibration_samples
-        asks_for_phase_1 = any(flag is not None for flag in (self.admm_steps, self.admm_penalty, self.admm_rho))
-        return 0 if asks_for_phase_1 else CALIBRATION_SAMPLES if self.pattern.density < FEW else 0
+        of_phase_1 = (self.admm_steps, self.admm_penalty, self.admm_rho, self.admm_update_steps)
+        of_phase_1 = (*of_phase_1, self.admm_lr_scheduler_type)
+        if self.can_not_calibrate or any(flag is not None for flag in of_phase_1):
+            return 0
+        return CALIBRATION_SAMPLES if self.pattern.density < FEW else 0
 
     @property
     def phase_1_length(self) -> float:
@@ -87,7 +93,8 @@ class DerivedFlags:
     @property
     def mask_mode(self) -> str:
         """`srste_mask`, or what is taken for it."""
-        return self.srste_mask or ("fixed" if self.calibration_samples else "dynamic")
+        moves = self.srste_decay is not None or self.mask_update_steps is not None
+        return self.srste_mask or ("fixed" if self.calibration_samples and not moves else "dynamic")
 
     @property
     def include(self) -> list[str] | str | None:
@@ -111,7 +118,8 @@ class DerivedFlags:
             decay = 0.0  # nothing that is pruned comes back
         elif decay is None:
             decay = self.defaults.decay if plan.admm_steps and self.rho else PENALTIES["loss"].decay
-        interval = self.admm_update_steps or self.defaults.update_steps or max(1, plan.admm_steps // UPDATES)
+        adapted = max(1, (plan.admm_steps or max_steps) // UPDATES)
+        interval = self.admm_update_steps or self.defaults.update_steps or adapted
         mask_interval = self.mask_update_steps or (self.defaults.mask_update_steps if decay is None else 1) or interval
         return PhaseSettings(
             plan=plan,

@@ -90,7 +90,7 @@ def test_the_best_model_by_its_reward(name, maker, tmp_path):
 def test_what_is_sampled_prunes_no_layer(name, llama, tmp_path):
     args = getattr(integrations, f"ADMM{name}Config")(str(tmp_path), **{**FLAGS, **SAMPLES, "eval_strategy": "no"})
     trainer_class = getattr(integrations, f"ADMM{name}Trainer")
-    with pytest.raises(ValueError, match=f"num_calibration_samples=6: the rows of ADMM{name}Trainer are prompts"):
+    with pytest.raises(ValueError, match=f"The rows of ADMM{name}Trainer are prompts"):
         trainer_class(llama, args=args, train_dataset=texts("prompt"), reward_funcs=reward)
 
 

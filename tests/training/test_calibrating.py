@@ -8,11 +8,12 @@ from transformers import TrainerCallback, default_data_collator
 
 from hf_admm import ADMMTrainer, prune_one_shot
 from hf_admm.pruning.calibration import InputMoments
-from tiny_runs import Recorder, assert_same_weights, prepare, train, weights
+from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
 
 
 ROWS, SIZE = 20, 8  # of the training set, and in a batch
 ONE_PHASE = {"admm_steps": 0, "srste_mask": "fixed", "mask_freeze_steps": 0, "admm_rho": None}
+BY_DEFAULT = {"sparsity_pattern": "1:4", "admm_steps": None, "admm_rho": None, "admm_update_steps": None}
 EVENLY = {"admm_penalty": "distance", "admm_rho": None, "admm_update_steps": 1}
 
 
@@ -160,12 +161,10 @@ def test_user_errors(tiny_bert, token_data, tmp_path):
     for value in (-1, 2.5, True, "many"):
         with pytest.raises(ValueError, match="num_calibration_samples=.* give a number of rows"):
             prepare(tiny_bert(), data, tmp_path, num_calibration_samples=value)
-    prepared = prepare(tiny_bert(), data, tmp_path, num_calibration_samples=4)
-    for given, reason in (({"a": data}, "a dict, holds several"), (iter(data), "a list_iterator, has no rows")):
-        with pytest.raises(ValueError, match=f"num_calibration_samples=4, .*{reason}.*prune_one_shot"):
-            ADMMTrainer(tiny_bert(), prepared.args, train_dataset=given)
-    with pytest.raises(ValueError, match="num_calibration_samples=4, but there is no train_dataset"):
-        ADMMTrainer(tiny_bert(), prepared.args).train()
+    args = prepare(tiny_bert(), data, tmp_path, num_calibration_samples=4).args
+    for given, reason in (({"a": data}, r"\(dict\) are several"), (iter(data), r"\(list_iterator\) has no rows")):
+        with pytest.raises(ValueError, match=f"The training data {reason}.* num_calibration_samples=0 .* two phases"):
+            ADMMTrainer(tiny_bert(), args, train_dataset=given)
 
 
 class Stream(torch.utils.data.IterableDataset):
@@ -175,15 +174,146 @@ class Stream(torch.utils.data.IterableDataset):
     def __iter__(self):
         return iter(self.rows)
 
+    def __len__(self):
+        return len(self.rows)
+
+
+def phases_of(trainer):
+    assert trainer.audit.ok
+    return {log["admm/phase"] for log in trainer.state.log_history if "admm/phase" in log}
+
 
 def test_a_default_that_can_not_be_has_two_phases_instead(tiny_bert, token_data, tmp_path, caplog):
-    flags = {"sparsity_pattern": "1:4", "admm_steps": None, "admm_rho": None, "parts": {"eval_dataset": None}}
+    flags = {**BY_DEFAULT, "parts": {"eval_dataset": None}}
     trainer = train(tiny_bert(), Stream(token_data(128)), tmp_path, **flags)
-    assert "a Stream, has no rows that can be looked up. Set it to 0" in caplog.text
-    assert "the run has two phases, as with 0" in caplog.text
-    phases = [log["admm/phase"] for log in trainer.state.log_history if "admm/phase" in log]
-    assert set(phases) == {1, 2} and trainer.audit.ok
+    assert "(Stream) has no rows that can be looked up. With num_calibration_samples=0 the run has" in caplog.text
+    assert phases_of(trainer) == {1, 2} and trainer.args.num_calibration_samples is None
     caplog.clear()
-    trainer = train(tiny_bert(), token_data(64), tmp_path, **flags)
-    phases = [log["admm/phase"] for log in trainer.state.log_history if "admm/phase" in log]
-    assert set(phases) == {2} and trainer.audit.ok and "two phases" not in caplog.text
+    trainer = ADMMTrainer(tiny_bert(), trainer.args, train_dataset=token_data(64))
+    trainer.train()
+    assert phases_of(trainer) == {2} and "two phases" not in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("flags", "phases", "mask"),
+    [
+        ({}, {2}, "fixed"),
+        ({"srste_decay": 1e-3}, {2}, "dynamic"),
+        ({"mask_update_steps": 2}, {2}, "dynamic"),
+        ({"admm_update_steps": 2}, {1, 2}, "dynamic"),
+        ({"admm_lr_scheduler_type": "cosine"}, {1, 2}, "dynamic"),
+        ({"admm_penalty": "distance"}, {1, 2}, "dynamic"),
+        ({"num_calibration_samples": 0}, {1, 2}, "dynamic"),
+        ({"num_calibration_samples": 8, "admm_steps": 6}, {1, 2}, "fixed"),
+    ],
+)
+def test_what_flags_ask_for_is_done(flags, phases, mask, tiny_bert, token_data, tmp_path):
+    trainer = train(tiny_bert(), token_data(64), tmp_path, **{**BY_DEFAULT, **flags})
+    assert phases_of(trainer) == phases and trainer.args.mask_mode == mask
+    switched = [log for log in trainer.state.log_history if "admm/switch_residual" in log]
+    assert bool(switched) is (phases == {1, 2} and "num_calibration_samples" not in flags or flags == {
+        "num_calibration_samples": 0})  # fmt: skip
+
+
+def test_replicas_are_compared_as_often_as_in_two_phases(tiny_bert, token_data, tmp_path):
+    """Not at every step, for want of a phase 1."""
+    args = prepare(tiny_bert(), token_data(), tmp_path, **BY_DEFAULT).args
+    assert args.phase_settings(2400).update_steps == 100
+
+
+class Odd(ADMMTrainer):
+    """Needs the number of items, logs, and counts its calls."""
+
+    calls = 0
+
+    def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
+        labels = inputs.pop("labels")
+        outputs = model(**inputs)
+        self.log({"aux": 1.0})
+        self.calls += 1
+        loss = nn.functional.cross_entropy(outputs.logits, labels, reduction="sum") / num_items_in_batch
+        return (loss, outputs) if return_outputs else loss
+
+
+def test_a_loss_of_training_alone(tiny_bert, token_data, tmp_path):
+    """Only the passes through the model count; what it logs in them is no step's."""
+    trainer = train(tiny_bert(), token_data(64), tmp_path, Odd, num_calibration_samples=ROWS, **BY_DEFAULT)
+    assert phases_of(trainer) == {2} and trainer.calls == STEPS
+    assert sum("aux" in log for log in trainer.state.log_history) == STEPS
+
+
+class Failing(ADMMTrainer):
+    def compute_loss(self, model, inputs, **kwargs):
+        if self.model.training:
+            return super().compute_loss(model, inputs, **kwargs)
+        raise KeyError("before the model is called")
+
+
+def test_an_error_before_the_model_is_no_pass(tiny_bert, token_data, tmp_path):
+    with pytest.raises(KeyError, match="before the model"):
+        train(tiny_bert(), token_data(64), tmp_path, Failing, num_calibration_samples=ROWS, **BY_DEFAULT)
+
+
+class Small(ADMMTrainer):
+    """Has memory for four rows."""
+
+    def compute_loss(self, model, inputs, **kwargs):
+        if len(inputs["labels"]) > 4:
+            raise RuntimeError("CUDA out of memory.")
+        return super().compute_loss(model, inputs, **kwargs)
+
+
+def test_batches_get_smaller_until_they_fit(tiny_bert, token_data, tmp_path):
+    trainer = train(tiny_bert(), token_data(64), tmp_path, Small, auto_find_batch_size=True, **BY_DEFAULT)
+    assert phases_of(trainer) == {2} and trainer._train_batch_size <= 4
+
+
+@pytest.mark.parametrize("drop_last", [False, True])
+def test_the_last_batch_is_dropped_where_those_of_training_are(drop_last, tiny_bert, token_data, tmp_path):
+    collate = Counting()
+    train(
+        tiny_bert(), token_data(64), tmp_path, num_calibration_samples=ROWS, dataloader_drop_last=drop_last,
+        parts={"data_collator": collate, "eval_dataset": None}, **ONE_PHASE,
+    )  # fmt: skip
+    assert collate.sizes[:3] == ([8, 8, 8] if drop_last else [8, 8, 4])
+
+
+class ReadyBatches(ADMMTrainer):
+    def get_train_dataloader(self):
+        return torch.utils.data.DataLoader(self.batches, batch_size=None)
+
+
+def test_a_loader_of_ones_own(tiny_bert, token_data, tmp_path):
+    args = prepare(
+        tiny_bert(), token_data(), tmp_path, num_calibration_samples=ROWS, sparsity_pattern="1:4", **ONE_PHASE
+    ).args
+    trainer = ReadyBatches(tiny_bert(), args)
+    trainer.batches = calibration_batches(token_data(200)) * 10
+    trainer.train()
+    assert phases_of(trainer) == {2} and any("admm/output_change" in log for log in trainer.state.log_history)
+
+
+class Keyword(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+    def forward(self, inputs, labels):
+        outputs = self.layers[1](input=torch.relu(self.layers[0](input=inputs)))
+        return {"loss": outputs.square().mean(), "logits": outputs}
+
+
+def test_layers_that_are_called_by_keyword(tmp_path):
+    rows = [{"inputs": torch.randn(16), "labels": torch.zeros(())} for _ in range(32)]
+    trainer = train(Keyword(), rows, tmp_path, num_calibration_samples=ROWS, sparsity_pattern="2:4", **ONE_PHASE)
+    assert phases_of(trainer) == {2} and any("admm/output_change" in log for log in trainer.state.log_history)
+
+
+def test_a_model_that_obeys_already_keeps_its_zeros(tiny_bert, token_data, tmp_path):
+    data, model = token_data(64), tiny_bert()
+    prune_one_shot(model, calibration_batches(data), "1:4")
+    zeros = {name: weight == 0 for name, weight in weights(model).items()}
+    trainer = train(model, data, tmp_path, **BY_DEFAULT)
+    final = weights(trainer.model)
+    assert all(torch.equal(final[name] == 0, zeros[name]) for name in trainer.sparsity.targets)
+    assert not any("admm/output_change" in log for log in trainer.state.log_history)
