@@ -18,7 +18,6 @@ FLAGS = {
     "max_steps": 8,
     "admm_steps": 4,
     "admm_update_steps": 1,
-    "num_calibration_samples": 6,
     "per_device_train_batch_size": 4,
     "learning_rate": 1e-2,
     "logging_steps": 1,
@@ -30,6 +29,8 @@ FLAGS = {
     "eval_strategy": "steps",
     "eval_steps": 2,
 }
+# Pruned by its data at the switch, with a mask that goes on moving.
+CALIBRATED = {"num_calibration_samples": 6, "srste_mask": "dynamic"}
 
 
 def texts(*columns, rows=16):

@@ -8,7 +8,7 @@ import pytest
 import torch
 import transformers.trainer
 
-from integration_runs import FLAGS, Watch, check, check_best, logged, obeys, texts
+from integration_runs import CALIBRATED, FLAGS, Watch, check, check_best, logged, obeys, texts
 from tiny_runs import weights
 
 
@@ -78,7 +78,7 @@ EVALUATED = {
 @pytest.mark.parametrize("kind", list(EVALUATED))
 def test_both_phases_with_an_evaluator(kind, bert, tmp_path):
     build, evaluator, metric = EVALUATED[kind]
-    trainer = check(build(evaluator=evaluator()), tmp_path, bert, metrics=("eval_loss", metric))
+    trainer = check(build(evaluator=evaluator(), **CALIBRATED), tmp_path, bert, metrics=("eval_loss", metric))
     assert len(trainer.sparsity.targets) == 12
     assert len(set(logged(trainer, metric).values())) > 1
 

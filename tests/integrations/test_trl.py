@@ -5,7 +5,7 @@ import torch
 from datasets import Dataset
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification
 
-from integration_runs import FLAGS, assert_sparse_checkpoint, check, check_best, obeys, texts
+from integration_runs import CALIBRATED, FLAGS, assert_sparse_checkpoint, check, check_best, obeys, texts
 from tiny_runs import assert_same_weights, weights
 
 
@@ -51,8 +51,6 @@ def maker(llama, reward_llama):
                 given["ref_model"] = auto.from_pretrained(llama)
             if name in ("GRPO", "RLOO"):
                 given["reward_funcs"] = reward
-            if name in ("GRPO", "RLOO"):
-                flags["num_calibration_samples"] = 0
             args = config(str(folder), **{**FLAGS, **(SAMPLES if "reward_funcs" in given else {}), **own, **flags})
             return trainer_class(auto.from_pretrained(model, dtype=torch.float32), args=args, **given)
 
@@ -65,8 +63,9 @@ def maker(llama, reward_llama):
 def test_both_phases(name, maker, tmp_path):
     """With TRL's defaults, bf16 and activation checkpointing."""
     # Those with a reference model evaluate in float32 as long as they have not trained, as plain TRL does.
-    make, model = maker(name, **({"bf16": False} if name in ("DPO", "KTO") else {}))
     sampled = name in ("GRPO", "RLOO")
+    own = {"bf16": False} if name in ("DPO", "KTO") else {}
+    make, model = maker(name, **own, **({} if sampled else CALIBRATED))
     trainer = check(make, tmp_path, model, metrics=() if sampled else ("eval_loss",))
     assert trainer.args.gradient_checkpointing
     assert len(trainer.sparsity.targets) == 14
@@ -88,7 +87,8 @@ def test_the_best_model_by_its_reward(name, maker, tmp_path):
 
 @pytest.mark.parametrize("name", ["GRPO", "RLOO"])
 def test_what_is_sampled_prunes_no_layer(name, llama, tmp_path):
-    args = getattr(integrations, f"ADMM{name}Config")(str(tmp_path), **{**FLAGS, **SAMPLES, "eval_strategy": "no"})
+    flags = {**FLAGS, **SAMPLES, **CALIBRATED, "eval_strategy": "no"}
+    args = getattr(integrations, f"ADMM{name}Config")(str(tmp_path), **flags)
     trainer_class = getattr(integrations, f"ADMM{name}Trainer")
     with pytest.raises(ValueError, match=f"The rows of ADMM{name}Trainer are prompts"):
         trainer_class(llama, args=args, train_dataset=texts("prompt"), reward_funcs=reward)
@@ -96,7 +96,7 @@ def test_what_is_sampled_prunes_no_layer(name, llama, tmp_path):
 
 def test_metrics_are_of_evaluations_and_steps_alone(maker, tmp_path):
     """TRL adds up metrics in every forward pass; those of the calibration are no evaluation's."""
-    make, model = maker("SFT")
+    make, model = maker("SFT", **CALIBRATED)
     trainer, before = make(tmp_path, model), []
     inner = trainer._calibrate
 
