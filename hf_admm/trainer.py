@@ -161,7 +161,7 @@ class ADMMTrainerMixin(
         # In every `train()`, after `model_init` has made its model and once a trial has set its arguments.
         super()._hp_search_setup(trial)
         self.args.validate_sparsity()
-        self._check_calibration()
+        self._check_calibration(says=True)
         self._set_up_sparsity()
         self._prepare_teacher()
 

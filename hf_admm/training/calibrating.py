@@ -37,7 +37,7 @@ class CalibrationMixin:
 
     _calibrating = False
 
-    def _check_calibration(self) -> None:
+    def _check_calibration(self, says: bool = False) -> None:
         """Where it is the default and can't be done, the run has two phases instead."""
         args, data = self.args, self.train_dataset
         args.can_not_calibrate = False
@@ -51,7 +51,11 @@ class CalibrationMixin:
             self._refuse_rows_of(data)
         except ValueError as error:
             args.can_not_calibrate = True
-            logger.warning(f"A model is pruned by its data before it trains to {args.pattern}, by default. {error}")
+            if says:
+                logger.warning(
+                    f"By default, a model is pruned by its data before it trains to {args.pattern}. This run has two "
+                    f"phases. {error}"
+                )
 
     def _refuse_rows_of(self, data) -> None:
         if isinstance(data, IterableDataset):
