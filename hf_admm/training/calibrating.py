@@ -74,13 +74,12 @@ class CalibrationMixin:
         if weights.obey():
             logger.info(f"The model obeys {weights.pattern} already: its zeros stay.")
             return {}
-        batches = self._calibration_batches()
         logger.info(f"Layer-wise ADMM with up to {self.args.calibration_samples} rows of the training set.")
         with as_it_was(self.model, self), same_randomness(self.model, self.args.device):
             self._calibrating = True
             errors = prune_in_blocks(
                 weights,
-                batches,
+                self._calibration_batches(),
                 partial(_prune_alike, pattern=weights.pattern),
                 self._calibration_forward,
                 leaves_unreached=True,

@@ -1,5 +1,8 @@
 """With `num_calibration_samples`, a run prunes at the switch by what its data put into the layers."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from datasets import Dataset
@@ -90,16 +93,24 @@ def test_a_resume_gives_the_same_bits(step, tiny_bert, token_data, tmp_path):
 
 
 def test_nothing_else_is_changed(tiny_bert, token_data, tmp_path):
-    """The steps before and after draw what they draw without it, and the trainer keeps what it had."""
+    """The steps before and after draw what they draw without it, though its collator draws too."""
+
+    def collate(rows):
+        assert torch.rand(()) + np.random.rand() + random.random() >= 0
+        return default_data_collator(rows)
+
     data, states = token_data(64), []
     for rows in (0, ROWS):
-        state = Recorder("on_step_end", lambda state, **_: torch.get_rng_state())
+        state = Recorder("on_step_end", lambda *_, **__: (torch.get_rng_state(), random.getstate(), np.random.rand()))
         trainer = train(
-            tiny_bert(), data, tmp_path, callbacks=[state], num_calibration_samples=rows, sparsity_pattern="2:4"
-        )
+            tiny_bert(), data, tmp_path, callbacks=[state], num_calibration_samples=rows, sparsity_pattern="2:4",
+            parts={"data_collator": collate},
+        )  # fmt: skip
         states.append(state.seen)
         assert not any(module._forward_pre_hooks for module in trainer.model.modules())
-    assert len(states[0]) == 12 and all(torch.equal(*pair) for pair in zip(*states, strict=True))
+    assert len(states[0]) == STEPS
+    for (torch_one, *one), (torch_other, *other) in zip(*states, strict=True):
+        assert torch.equal(torch_one, torch_other) and one == other
 
 
 class Counting:
