@@ -8,7 +8,8 @@ import torch
 from accelerate.state import AcceleratorState
 from transformers import TrainerCallback
 
-from hf_admm import ADMMTrainer, ADMMTrainingArguments
+from hf_admm import ADMMTrainer, ADMMTrainingArguments, sparsity_mask
+from hf_admm.training import calibrating
 from launch import leave
 from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
@@ -43,6 +44,8 @@ def train(folder: Path, batch_size: int, resume: Path | None, fault: str) -> Non
         mask_update_steps=4 if fault == "mask" else 1,  # or it mends itself
         num_calibration_samples=16 if folder.name.startswith("calibrated") else 0,
     )  # fmt: skip
+    if args.num_calibration_samples and args.process_index == 1:  # all take what the first one finds
+        calibrating.prune_layer = lambda weight, moments, pattern: weight.detach() * sparsity_mask(weight, pattern)
     trainer_class = Spoilt if fault == "loss" else ADMMTrainer
     trainer = trainer_class(model, args, train_dataset=data, eval_dataset=data[:16])
     if fault == "evaluated":

@@ -12,11 +12,14 @@ import torch
 from accelerate.state import AcceleratorState, PartialState
 from accelerate.utils import DistributedType
 from torch.distributed.tensor import DTensor
-from transformers import TrainerCallback
+from transformers import TrainerCallback, default_data_collator
 
-from hf_admm import ADMMTrainer, ADMMTrainingArguments
+from hf_admm import ADMMTrainer, ADMMTrainingArguments, prune_one_shot
 from launch import leave
 from tiny_models import NO_DROPOUT, tiny_bert, token_data
+
+
+SAMPLES = 12
 
 
 class WithPlugin(AcceleratorState):
@@ -41,6 +44,33 @@ class Keep(TrainerCallback):
             self.weights = whole(model)
 
 
+class Switch(TrainerCallback):
+    """Keeps the dense weights that phase 1 ends with, and what phase 2 computes with at first."""
+
+    def __init__(self, step):
+        self.step, self.before, self.after = step, None, None
+
+    def on_step_end(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.before = whole(model)
+
+    def on_step_begin(self, args, state, control, model=None, **kwargs):
+        if state.global_step == self.step:
+            self.after = whole(model)
+
+
+def assert_pruned_as_one(switch, data):
+    """By the same rows, a whole model is pruned to the same weights."""
+    model = tiny_bert(**NO_DROPOUT["tiny_bert"])
+    model.load_state_dict(switch.before, strict=False)
+    rows = [data[index * len(data) // SAMPLES] for index in range(SAMPLES)]
+    report = prune_one_shot(model, [default_data_collator(rows[:8]), default_data_collator(rows[8:])], "2:4")
+    for name in report.errors:
+        expected, found = model.get_parameter(name).detach(), switch.after[name]
+        assert torch.equal(expected == 0, found == 0), name
+        torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-5, msg=name)
+
+
 def whole(model):
     return {
         name: (weight.full_tensor() if isinstance(weight, DTensor) else weight).detach().clone()
@@ -54,15 +84,17 @@ def train(folder, kind="SHARDED_STATE_DICT", resume=None, **options):
     fsdp = {"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": ["BertLayer"]}
     args = ADMMTrainingArguments(
         str(folder), max_steps=8, per_device_train_batch_size=8, learning_rate=0.01, admm_steps=4, admm_update_steps=2,
-        admm_rho=2.0, admm_penalty="loss", num_calibration_samples=12,
+        admm_rho=2.0, admm_penalty="loss", num_calibration_samples=SAMPLES,
         save_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
         report_to="none", disable_tqdm=True, use_cpu=True, fsdp=True, fsdp_config=fsdp, **options,
     )  # fmt: skip
-    keep = Keep(2)
-    trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16], callbacks=[keep])
+    keep, switch = Keep(2), Switch(4)
+    trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16], callbacks=[keep, switch])
     trainer.train(resume_from_checkpoint=resume and str(resume))
     assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
     assert trainer.audit.ok
+    if switch.before is not None:  # not in a run that was resumed after it
+        assert_pruned_as_one(switch, data)
     results = {"weights": whole(trainer.model), "at_2": keep.weights, "best": trainer.state.best_model_checkpoint}
     trainer.save_model(str(folder / "model"))
     if args.process_index == 0:

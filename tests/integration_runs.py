@@ -97,6 +97,7 @@ def check(make, folder, model, metrics=("eval_loss",), same_bits=True):
     watch = Watch(trainer)
     trainer.train()
     assert trainer.audit.ok and obeys(trainer)
+    assert bool(logged(trainer, "admm/output_change")) is bool(trainer.args.num_calibration_samples)
     assert sorted(watch.evaluated) == [*PHASE_1, *PHASE_2] and all(map(all, watch.evaluated.values()))
     # Phase 1 trains dense weights, phase 2 computes with masked ones in every pass.
     assert all(all(seen) for step, seen in watch.computed.items() if step >= PHASE_1[-1])

@@ -76,6 +76,30 @@ def test_a_model_is_pruned_as_without_its_padding(encoder_decoder):
     assert torch.equal(*found) is not encoder_decoder
 
 
+class Wrapped(nn.Module):
+    """A model within another, whose batches call the mask by another name."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, tokens, padding):
+        return self.inner(input_ids=tokens, attention_mask=padding)
+
+
+def test_padding_is_seen_where_the_model_is_within_another(tiny_bert, token_data):
+    tokens, found = torch.stack([row["input_ids"] for row in token_data(24)]), []
+    padding = torch.ones_like(tokens)
+    padding[:, -3:] = 0
+    for junk in (3, 7):
+        tokens[:, -3:] = junk
+        model = Wrapped(tiny_bert())
+        prune_one_shot(model, [{"tokens": tokens, "padding": padding}])
+        found.append({name: weight.detach() for name, weight in model.named_parameters()})
+    for name, weight in found[0].items():
+        torch.testing.assert_close(weight, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
 def test_a_later_block_sees_the_pruned_blocks_before_it():
     torch.manual_seed(0)
     model, inputs, pattern = Blocks(), data(16), parse_pattern("2:4")

@@ -69,6 +69,9 @@ def run(folder: Path, stage: int = 0, resume: str | None = None, **flags) -> dic
     callback.sparsity = trainer.sparsity
     trainer.train(resume_from_checkpoint=resume)
     assert trainer.audit.ok
+    assert "num_calibration_samples" not in flags or any(
+        "admm/output_change" in log for log in trainer.state.log_history
+    )
     assert not stage or callback.compared or PROCESSES > 1
     trainer.save_model(str(folder / "model"))
     return {name: weight.detach().clone() for name, weight in model.named_parameters()}

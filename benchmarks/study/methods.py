@@ -74,8 +74,8 @@ _ALL = (
     Method(
         "dense",
         "dense",
-        "no pruning, with the schedule and the rates of ours in both its segments, equal optimizer steps, the best of "
-        "the learning rates that were run",
+        "no pruning, with the schedule and the rates of ADMM, SR-STE in both its segments, equal optimizer steps, the "
+        "best of the learning rates that were run",
         kind="dense",
         rates=_THREE,
         stage=0,
@@ -108,7 +108,13 @@ _ALL = (
         "the same, distilled from the dense model of the same task and seed, whose steps come on top",
         stage=1,
     ),
-    Method("rho0", "rho 0, SR-STE", "the same schedule, phase 1 without ADMM", NO_PENALTY, stage=0),
+    Method(
+        "rho0",
+        "rho 0, SR-STE",
+        "the schedule of ADMM, SR-STE, phase 1 without ADMM",
+        NO_PENALTY,
+        stage=0,
+    ),
     Method(
         "admm_fixed",
         "ADMM, fixed mask",

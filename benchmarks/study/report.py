@@ -167,6 +167,9 @@ def _claims(study: Study, pattern: str) -> list[str]:
             said = words.get(found.verdict(), "no interval, so nothing is said, against")
             groups.setdefault(said, []).append(f"{METHODS[name].title} ({_points(found)})")
     lines = [f"- Ours is {said} {', '.join(found)}." for said, found in groups.items()]
+    for name in _sorted(study.methods(pattern)):
+        lines += _by_task(study, OURS, name, pattern, "Ours by task, less") if name != OURS else []
+    lines += _by_task(study, "layerwise", "sparsegpt", pattern, "Layer-wise ADMM by task, less", least=1)
     drawn = "two_phases" if "two_phases" in study.methods(pattern) else OURS
     by_task = {task: study.difference(drawn, "rho0", pattern, task) for task in study.tasks}
     if len(by_task := {task: found for task, found in by_task.items() if found}) > 1:
@@ -176,6 +179,18 @@ def _claims(study: Study, pattern: str) -> list[str]:
     return [*(line for name in ours for line in _beside_dense(study, name, pattern)), *lines] or [
         "- Nothing to compare yet."
     ]
+
+
+def _by_task(study: Study, name: str, other: str, pattern: str, said: str, least: int = 2) -> list[str]:
+    """Differences task by task, on the dev sets and on the further rows, where so many tasks have several pairs."""
+    parts = []
+    for task in study.tasks:
+        for further, rows in ((False, ""), (True, ", further rows")):
+            found = study.difference(name, other, pattern, task, further)
+            if found and found.low is not None:
+                parts.append(f"{task}{rows} {_points(found)}")
+    enough = len({part.split()[0].rstrip(",") for part in parts}) >= least
+    return [f"- {said} {METHODS[other].title}: {'; '.join(parts)}."] if enough else []
 
 
 def _beside_dense(study: Study, name: str, pattern: str) -> list[str]:
