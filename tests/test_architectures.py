@@ -68,6 +68,7 @@ def test_a_run_through_both_phases_loads_anywhere(architecture, runs, tmp_path):
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert [log["admm/phase"] for log in logs] == [1, 1, 1, 2, 2, 2]
     assert all(math.isfinite(log["loss"]) for log in logs)
+    assert all(0 < log["admm/output_change"] < 1 for log in logs[3:]), "pruned by its data at the switch"
     assert trainer.audit.ok and len(trainer.audit.sparse) == len(trainer.sparsity.targets)
 
     trainer.save_model(str(tmp_path))
