@@ -148,7 +148,7 @@ def run(specs: Sequence[Spec], place: Place, results: Path, share: bool = False,
         `list[dict]`: The lines of all these runs that there are now.
     """
     keys = {spec.key for spec in specs}
-    taught = {dense_of(spec).key for spec in specs if spec.method == "ours_teacher"}
+    taught = {dense_of(spec).key for spec in specs if spec.how.taught}
     for index, spec in enumerate(specs):
         with claimed(place.work_dir / "claims", spec.key) as mine:
             done = {line["key"]: line for line in read(results)}

@@ -72,7 +72,7 @@ def train(args: argparse.Namespace) -> dict[str, Path]:
     auto = torch.cuda.is_available() or torch.cpu._is_avx512_bf16_supported()
     common = {"epochs": args.epochs, "max_steps": args.max_steps, "bf16": auto, "model": Path(model).name}
     folders = {}
-    for method, final, before in (("dense", "dense", None), ("rho0", None, "rho0"), ("ours", "final", "admm")):
+    for method, final, before in (("dense", "dense", None), ("rho0", None, "rho0"), ("two_phases", "final", "admm")):
         pattern = "none" if method == "dense" else args.pattern
         spec = Spec(args.task_name, method, pattern, args.seed, **common)
         wanted = {name: args.work_dir / f"{spec.key}-{name}" for name in (final, before) if name}

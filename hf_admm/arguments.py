@@ -40,8 +40,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         > Parameters that control phase 1, ADMM
 
         admm_steps (`float`, *optional*):
-            Length of phase 1: a share of the run if below 1, else optimizer steps. `None` takes 0.6, and 0 with
-            `num_calibration_samples`.
+            Length of phase 1: a share of the run if below 1, else optimizer steps. `None` takes 0 with
+            `num_calibration_samples`, else 0.6.
         admm_penalty (`str`, *optional*):
             What pulls the weights to the pattern. `"distance"`: in the last part of the phase, after each step, what
             the projection would prune shrinks by a share that adapts to its length; nothing is to be tuned. The others
@@ -75,9 +75,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
 
         num_calibration_samples (`int`, *optional*):
             Rows of the training set with which layer-wise ADMM ([`prune_one_shot`]) prunes at the switch to phase 2,
-            before the first step if `admm_steps` is 0. With 0, the mask is that of the weights' size. `None` takes 256
-            where the pattern keeps less than half and none of `admm_steps`, `admm_penalty`, `admm_rho`,
-            `admm_update_steps` and `admm_lr_scheduler_type` is given, else 0.
+            before the first step if `admm_steps` is 0. With 0, the mask is that of the weights' size. `None` takes
+            1024, but 0 if any of `admm_steps`, `admm_penalty`, `admm_rho`, `admm_update_steps` and
+            `admm_lr_scheduler_type` is given.
         srste_mask (`str`, *optional*):
             `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1. `None` takes
             `"fixed"` with `num_calibration_samples` if neither `srste_decay` nor `mask_update_steps` is given, else
@@ -88,8 +88,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         srste_lr_multiplier (`float`, *optional*):
             Peak learning rate of phase 2, as a multiple of the optimizer's (`learning_rate`, or that of an optimizer
             of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense
-            network. `None` takes 2 after `"distance"`, 1 after the others. An absolute floor (`min_lr`, `lr_end`) is
-            not multiplied.
+            network. `None` takes 2 after `"distance"`, 1 after the others; without a phase 1, with
+            `num_calibration_samples`, 1 where the pattern keeps half or more, else 2. An absolute floor (`min_lr`,
+            `lr_end`) is not multiplied.
         mask_update_steps (`int`, *optional*):
             Optimizer steps between two updates of the mask. `None` takes 1, but as many as in phase 1 where pruned
             weights shrink on, as few come back then; they shrink at the update, for all the steps since the last.
@@ -130,8 +131,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
     admm_steps: float | None = field(
         default=None,
         metadata={
-            "help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps. By default 0.6, "
-            "and 0 with num_calibration_samples."
+            "help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps. By default 0 with "
+            "num_calibration_samples, else 0.6."
         },
     )
     admm_rho: float | None = field(
@@ -179,8 +180,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={
             "help": "Rows of the training set with which layer-wise ADMM prunes at the switch to phase 2 (before the "
-            "first step if admm_steps is 0); 0 for the mask of the weights' size. By default 256 where the pattern "
-            "keeps less than half and no flag of phase 1 is given, else 0."
+            "first step if admm_steps is 0); 0 for the mask of the weights' size. By default 1024, and 0 if a flag of "
+            "phase 1 is given."
         },
     )
     srste_mask: str | None = field(
@@ -201,7 +202,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={
             "help": "Peak learning rate of phase 2, as a multiple of learning_rate. By default 2 for admm_penalty "
-            "'distance', 1 for the others."
+            "'distance', 1 for the others; without a phase 1, 1 where the pattern keeps half or more."
         },
     )
     mask_update_steps: int | None = field(

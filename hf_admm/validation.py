@@ -104,7 +104,7 @@ def validate_flags(args) -> None:
     value = args.num_calibration_samples
     if value is not None and not (_is(Integral, value) and 0 <= value <= _LONGEST):
         raise ValueError(
-            f"num_calibration_samples={_shown(value)} is not allowed: give a number of rows, such as 256, or 0."
+            f"num_calibration_samples={_shown(value)} is not allowed: give a number of rows, such as 1024, or 0."
         )
     for name in ("admm_steps", "mask_freeze_steps"):
         value = getattr(args, name)

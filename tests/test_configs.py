@@ -59,7 +59,7 @@ def test_a_pattern_recipe_prunes_to_its_pattern(name, pattern, tmp_path):
     arguments = training_arguments(load_config(name), tmp_path)
     assert str(arguments.pattern) == pattern
     plan = arguments.phase_plan(100)
-    assert (plan.admm_steps, plan.freeze_step) == ((0, 0) if pattern == "1:4" else (60, 90))
+    assert (plan.admm_steps, plan.freeze_step) == (0, 0), "it is pruned before it trains"
 
 
 @pytest.mark.parametrize("name", TASKS)

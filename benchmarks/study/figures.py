@@ -7,12 +7,9 @@ from statistics import mean
 
 from scipy import stats
 
-from hf_admm import parse_pattern
-from hf_admm.pruning.defaults import FEW
-
 
 LEVEL = 0.95
-DENSE = ("dense", "dense_averaged")
+DENSE = ("dense", "dense_averaged", "dense_linear")
 
 
 @dataclass(frozen=True)
@@ -157,8 +154,6 @@ class Study:
         for pattern in self.patterns:
             untouched = []
             for method in methods:
-                if method == "two_phases" and parse_pattern(pattern).density >= FEW:
-                    continue  # ours
                 seeds = {}
                 for task in self.tasks:
                     done = {seed for _, seed, _ in self.values(method, pattern, task)}

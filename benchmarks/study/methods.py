@@ -7,16 +7,17 @@ import importlib.util
 from dataclasses import dataclass, field, fields
 
 from hf_admm import ADMMTrainingArguments
+from hf_admm.pruning.defaults import CALIBRATION_SAMPLES
 
 
 NO_PENALTY = {"admm_penalty": "distance", "admm_rho": 0.0}  # with the rates of ours
 FIXED_MASK = {"srste_mask": "fixed", "srste_decay": 0.0}
 SR_STE = {"srste_mask": "dynamic", "srste_decay": 2e-4}
-# What is the default where at least half is kept, whatever the pattern.
+# Phase 1 by its defaults, and phase 2.
 TWO_PHASES = {"num_calibration_samples": 0}
 # One phase and one schedule, at the rate of the others' first phase or at twice it, whichever does better.
 ONE_PHASE = {"admm_steps": 0.0, "srste_lr_multiplier": 1.0}
-LAYERWISE = ONE_PHASE | {"num_calibration_samples": 256}
+LAYERWISE = ONE_PHASE | {"num_calibration_samples": CALIBRATION_SAMPLES}
 
 # Of these, phase 1 knows nothing: methods that differ in no other flag reach the switch with the same bits.
 PHASE_2_FLAGS = (
@@ -51,6 +52,8 @@ class Method:
             What decides first has the lowest and runs first.
         averages (`bool`, *optional*, defaults to `False`):
             Whether the weights of the last part of the run are averaged.
+        taught (`bool`, *optional*, defaults to `False`):
+            Whether the dense model of the same task and seed is its teacher.
     """
 
     name: str
@@ -61,6 +64,7 @@ class Method:
     rates: tuple[float, ...] = (1.0,)
     stage: int = 2
     averages: bool = False
+    taught: bool = False
 
     @property
     def dense(self) -> bool:
@@ -76,6 +80,7 @@ _ALL = (
         "dense",
         "no pruning, with the schedule and the rates of ADMM, SR-STE in both its segments, equal optimizer steps, the "
         "best of the learning rates that were run",
+        TWO_PHASES,
         kind="dense",
         rates=_THREE,
         stage=0,
@@ -84,21 +89,29 @@ _ALL = (
         "dense_averaged",
         "dense, averaged",
         "the same, and the weights of the last tenth of the run averaged",
+        TWO_PHASES,
         kind="dense",
         rates=_THREE,
         averages=True,
     ),
     Method(
+        "dense_linear",
+        "dense, one schedule",
+        "no pruning, with the one schedule of ours, the best of the learning rates that were run",
+        ONE_PHASE,
+        kind="dense",
+        rates=_THREE,
+    ),
+    Method(
         "ours",
         "ours",
-        "`ADMMTrainingArguments()` as it is: ADMM, then SR-STE; where less than half is kept, layer-wise ADMM before "
-        "training, then a fixed mask",
+        "`ADMMTrainingArguments()` as it is: layer-wise ADMM before training, then a fixed mask",
         stage=0,
     ),
     Method(
         "two_phases",
         "ADMM, SR-STE",
-        "ADMM, then SR-STE, also where less than half is kept",
+        "ADMM in the training of phase 1, then SR-STE in phase 2",
         TWO_PHASES,
         stage=0,
     ),
@@ -107,6 +120,15 @@ _ALL = (
         "ours with a teacher",
         "the same, distilled from the dense model of the same task and seed, whose steps come on top",
         stage=1,
+        taught=True,
+    ),
+    Method(
+        "two_phases_teacher",
+        "ADMM, SR-STE with a teacher",
+        "ADMM, SR-STE, distilled from the dense model of the same task and seed, whose steps come on top",
+        TWO_PHASES,
+        stage=1,
+        taught=True,
     ),
     Method(
         "rho0",
@@ -167,7 +189,7 @@ def left_out() -> dict[str, str]:
     """The methods that can't be run here, and why."""
     missing = {}
     if "distill_teacher" not in {item.name for item in fields(ADMMTrainingArguments)}:
-        missing["ours_teacher"] = "ADMMTrainingArguments has no distill_teacher"
+        missing |= {name: "ADMMTrainingArguments has no distill_teacher" for name in METHODS if METHODS[name].taught}
     if importlib.util.find_spec("torchao") is None:
         missing["pat"] = "torchao is not installed (extra bench)"
     return missing

@@ -14,6 +14,7 @@ from hf_admm import ADMMTrainingArguments
 START, END = "<!-- results:start -->", "<!-- results:end -->"
 README_ROWS = 8
 OURS = "ours"
+_BESIDE_DENSE = (OURS, "ours_teacher", "two_phases", "two_phases_teacher")
 _GIVEN = ("sparsity_pattern", "distill_teacher")  # by the place in the study, and by what it trains before
 _OF_FURTHER_ROWS = {"sst2": " (some are phrases of sentences that runs do train on)"}
 EMPTY = "No results yet: `python -m benchmarks.accuracy`.\n"
@@ -140,7 +141,7 @@ def _earlier_defaults(study: Study) -> list[str]:
         if method.dense:
             continue
         args = ADMMTrainingArguments("unused", sparsity_pattern=line["pattern"], **method.flags)
-        now = {name: value for name, value in recorded_flags(args).items() if name not in _GIVEN}
+        now = {name: value for name, value in recorded_flags(args, method.kind).items() if name not in _GIVEN}
         of_method = {name: value for name, value in line["arguments"].items() if name in now}
         counts.update(f"`{k}={v}`" for k, v in of_method.items() if v != now[k] and k not in method.flags)
     return [f"{flag} in {count} runs" for flag, count in sorted(counts.items())]
@@ -170,12 +171,12 @@ def _claims(study: Study, pattern: str) -> list[str]:
     for name in _sorted(study.methods(pattern)):
         lines += _by_task(study, OURS, name, pattern, "Ours by task, less") if name != OURS else []
     lines += _by_task(study, "layerwise", "sparsegpt", pattern, "Layer-wise ADMM by task, less", least=1)
-    drawn = "two_phases" if "two_phases" in study.methods(pattern) else OURS
-    by_task = {task: study.difference(drawn, "rho0", pattern, task) for task in study.tasks}
+    by_task = {task: study.difference("two_phases", "rho0", pattern, task) for task in study.tasks}
     if len(by_task := {task: found for task, found in by_task.items() if found}) > 1:
         shown = "; ".join(f"{task} {_points(found)}" for task, found in by_task.items())
-        lines.append(f"- What ADMM adds in phase 1, {METHODS[drawn].title} less {METHODS['rho0'].title}: {shown}.")
-    ours = [name for name in (OURS, "ours_teacher") if name in study.methods(pattern)]
+        titles = f"{METHODS['two_phases'].title} less {METHODS['rho0'].title}"
+        lines.append(f"- What ADMM adds in phase 1, {titles}: {shown}.")
+    ours = [name for name in _BESIDE_DENSE if name in study.methods(pattern)]
     return [*(line for name in ours for line in _beside_dense(study, name, pattern)), *lines] or [
         "- Nothing to compare yet."
     ]

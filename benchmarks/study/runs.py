@@ -28,6 +28,7 @@ from hf_admm.audit import audit_checkpoint
 from hf_admm.finetuning.evaluation import evaluate_saved
 from hf_admm.finetuning.tasks import TextTask
 from hf_admm.finetuning.text_classification import FineTuning
+from hf_admm.pruning.defaults import CALIBRATION_SAMPLES
 
 
 # What a dense run takes from the flags of sparse training is its learning rates alone; they are compared step by step.
@@ -42,14 +43,17 @@ _FURTHER = "further"
 _PACKAGES = ("torch", "transformers", "accelerate", "datasets")
 
 
-def recorded_flags(args: ADMMTrainingArguments) -> dict:
-    """The flags of sparse training that an outcome depends on, with what is taken for the length of the phases."""
+def recorded_flags(args: ADMMTrainingArguments, kind: str = "ours") -> dict:
+    """
+    The flags of sparse training that an outcome depends on, with what is taken for the length of the phases, of a
+    method of that kind.
+    """
     # A teacher's folder says nothing of the outcome, nor whether there is a report of it.
     unsaid = ("distill_teacher", "sparsity_report")
     return {name: getattr(args, name) for name in _FLAGS if name not in unsaid} | {
         "admm_steps": args.phase_1_length,
         "srste_mask": args.mask_mode,
-        "num_calibration_samples": args.calibration_samples,
+        "num_calibration_samples": CALIBRATION_SAMPLES if kind == "sparsegpt" else args.calibration_samples,
     }
 
 
@@ -131,7 +135,7 @@ class Spec:
         if self.how.dense:
             named["learning_rates"] = key({"multipliers": learning_rates(args, _NOMINAL_STEPS)})
         elif self.how.kind != "pat":
-            named |= recorded_flags(args)
+            named |= recorded_flags(args, self.how.kind)
         return {
             "task": self.task,
             "method": self.method,
@@ -158,7 +162,7 @@ class Spec:
         other states: one may be kept for long.
         """
         arguments = self.settings["arguments"]
-        if self.how.kind != "ours" or self.method == "ours_teacher" or not arguments.get("admm_steps"):
+        if self.how.kind != "ours" or self.how.taught or not arguments.get("admm_steps"):
             return None
         before = {name: value for name, value in arguments.items() if name not in PHASE_2_FLAGS}
         return key(self.settings | {"method": None, "arguments": before, "source": source_digest()})
@@ -259,7 +263,7 @@ def _train(spec: Spec, place: Place, folder: str, switch: Path | None, before: P
     all_rows = replace(task, evaluations=task.evaluations | ({} if more is None else {_FURTHER: more}))
     all_rows = all_rows.limited(*spec.rows) if spec.rows else all_rows
     arguments = spec.arguments(folder)
-    if spec.method == "ours_teacher":
+    if spec.how.taught:
         if not place.teacher(spec).is_dir():
             execute(dense_of(spec), place, keep=place.teacher(spec))
         arguments["distill_teacher"] = str(place.teacher(spec))

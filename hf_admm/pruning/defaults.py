@@ -47,9 +47,11 @@ PENALTIES = {
     "gradient": PenaltyDefaults(rho=3e-3),
     "decoupled": PenaltyDefaults(rho=10.0),
 }
-# Where less than this is kept, a model is pruned before it trains, by layer-wise ADMM with so many rows: drawing it to
-# the pattern while it trains costs accuracy there (docs/one_shot.md).
-FEW, CALIBRATION_SAMPLES = 0.5, 256
+# Rows with which a model is pruned before it trains: drawing it to the pattern while it trains costs accuracy. With
+# fewer, short texts have hardly more tokens than a layer has inputs (docs/one_shot.md).
+CALIBRATION_SAMPLES = 1024
+# Where less than this is kept, more is to be learnt anew.
+FEW = 0.5
 # Share of the run, where there is a phase 1.
 PHASE_1 = 0.6
 # Updates of the mask in phase 1, where their interval adapts.

@@ -68,7 +68,11 @@ class DerivedFlags:
         """`srste_lr_multiplier`, or what is taken for it."""
         if self.is_own:
             return 1.0
-        return self.defaults.lr_multiplier if self.srste_lr_multiplier is None else self.srste_lr_multiplier
+        if self.srste_lr_multiplier is not None:
+            return self.srste_lr_multiplier
+        if self.calibration_samples and not self.phase_1_length and self.pattern.density >= FEW:
+            return 1.0  # nearly the pre-trained model, which trains as a dense one does
+        return self.defaults.lr_multiplier
 
     @property
     def calibration_samples(self) -> int:
@@ -81,7 +85,7 @@ class DerivedFlags:
         of_phase_1 = (*of_phase_1, self.admm_lr_scheduler_type)
         if self.can_not_calibrate or any(flag is not None for flag in of_phase_1):
             return 0
-        return CALIBRATION_SAMPLES if self.pattern.density < FEW else 0
+        return CALIBRATION_SAMPLES
 
     @property
     def phase_1_length(self) -> float:

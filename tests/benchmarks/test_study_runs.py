@@ -159,8 +159,10 @@ def test_kinds_of_trainers(tiny_bert, token_data, tmp_path):
         return build(METHODS[name], "2:4", flags, tiny_bert(), encode, train_dataset=data)
 
     assert isinstance(made("dense"), TwoSegmentTrainer) and not isinstance(made("dense"), ADMMTrainer)
+    assert made("ours").args.calibration_samples == 1024 and made("ours").args.lr_multiplier == 1
+    assert made("two_phases").args.calibration_samples == 0 and made("two_phases").args.phase_1_length == 0.6
     assert made("sr_ste").args.admm_steps == 0 and made("sr_ste").args.srste_mask == "dynamic"
-    assert made("layerwise").args.calibration_samples == made("layerwise_sr_ste").args.calibration_samples == 256
+    assert made("layerwise").args.calibration_samples == made("layerwise_sr_ste").args.calibration_samples == 1024
     assert made("asp").args.rho == 0 and made("asp").args.srste_mask == "fixed"
     start = tiny_bert().bert.encoder.layer[0].output.dense.weight
     pruned = made("sparsegpt").model.bert.encoder.layer[0].output.dense.weight
@@ -204,7 +206,7 @@ def test_every_method_leaves_a_line(method, place):
     dense = METHODS[method].dense
     assert line["broken_groups"] == 0 and line["sparsity"] == (0 if dense else pytest.approx(0.5, abs=0.01))
     assert (line["phase_1"] is not None) == (
-        method in ("ours", "two_phases", "ours_teacher", "rho0", "admm_fixed", "asp")
+        method in ("ours", "two_phases", "ours_teacher", "two_phases_teacher", "rho0", "admm_fixed", "asp")
     )
     if method == "ours":
         assert {name for name, figure in line["phase_1"].items() if figure is None} <= {"share_of_final"}

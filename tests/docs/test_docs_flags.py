@@ -41,7 +41,7 @@ def test_every_flag_is_there_with_its_default():
     taken = {"admm_penalty": ADMMTrainingArguments(output_dir="out").penalty}  # its None has one meaning
     for name, default in (fields | taken).items():
         # None stands for nothing, or for a default that depends on another flag.
-        allowed = {"", "by penalty", "by teacher", "by pattern"} if default is None else {f"`{default}`"}
+        allowed = {"", "by penalty", "by teacher", "by way"} if default is None else {f"`{default}`"}
         assert ROWS[name] in allowed, f"{name}: {ROWS[name]} instead of {' or '.join(allowed)}"
         if name in (flag for flag, _ in FLAGS.values()):
             assert ROWS[name] == "by penalty", name
@@ -51,11 +51,25 @@ def test_the_defaults_by_penalty_are_those_of_the_code():
     assert defaults_table() in PAGE, f"docs/flags.md should hold:\n\n{defaults_table()}"
 
 
-def test_the_defaults_by_pattern_are_those_of_the_code(tmp_path):
-    for kept, pattern in (("at least half", "2:4"), ("less", "1:4")):
-        args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern=pattern)
-        row = f"| {kept} | `{args.calibration_samples}` | `{args.phase_1_length}` | `{args.mask_mode}` |"
+WAYS = {"pruned [before training](one_shot.md)": {}, "[two phases](guide.md#two-phases-in-a-picture)": {"admm_steps": 0.6}}
+
+
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
+def test_the_defaults_by_way_are_those_of_the_code(pattern, tmp_path):
+    for way, flags in WAYS.items():
+        args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern=pattern, **flags)
+        row = f"| {way} | `{args.calibration_samples}` | `{args.phase_1_length}` | `{args.mask_mode}` |"
         assert row in PAGE, f"docs/flags.md should hold:\n\n{row}"
+
+
+def test_the_learning_rate_of_a_pruned_model_is_as_said(tmp_path):
+    assert "`srste_lr_multiplier` is 1 where the pattern keeps half or more, and by penalty" in PAGE
+    for pattern, expected in (("2:4", 1.0), ("3:4", 1.0), ("1:4", PENALTIES["distance"].lr_multiplier)):
+        args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern=pattern)
+        assert args.lr_multiplier == expected
+        assert ADMMTrainingArguments(str(tmp_path), sparsity_pattern=pattern, srste_lr_multiplier=3).lr_multiplier == 3
+    switched = ADMMTrainingArguments(str(tmp_path), num_calibration_samples=8, admm_steps=0.2)
+    assert switched.lr_multiplier == PENALTIES["distance"].lr_multiplier
 
 
 @pytest.mark.parametrize("flags", [{"admm_steps": 0.5}, {"admm_penalty": "distance"}, {"admm_rho": 0.0}])

@@ -25,14 +25,17 @@ def plan(tmp_path):
 @pytest.mark.parametrize(
     ("flags", "expected"),
     [
-        ({}, PhasePlan(100, 60, 90)),
+        ({}, PhasePlan(100, 0, 0)),  # pruned before training
+        ({"num_calibration_samples": 0}, PhasePlan(100, 60, 90)),
         ({"admm_steps": 0.25, "mask_freeze_steps": 0.5}, PhasePlan(100, 25, 50)),
         ({"admm_steps": 70, "mask_freeze_steps": 5}, PhasePlan(100, 70, 95)),
         ({"admm_steps": 0}, PhasePlan(100, 0, 90)),  # plain SR-STE
         ({"admm_steps": 100}, PhasePlan(100, 100, 100)),  # ADMM alone
-        ({"mask_freeze_steps": 0}, PhasePlan(100, 60, 100)),  # never frozen
+        ({"admm_steps": 0.6, "mask_freeze_steps": 0}, PhasePlan(100, 60, 100)),  # never frozen
         ({"admm_steps": 0.8, "mask_freeze_steps": 0.5}, PhasePlan(100, 80, 80)),  # not before there is a mask
-        ({"srste_mask": "fixed"}, PhasePlan(100, 60, 60)),
+        ({"srste_mask": "fixed"}, PhasePlan(100, 0, 0)),
+        ({"srste_decay": 2e-4}, PhasePlan(100, 0, 90)),  # pruned before training, by a mask that moves on
+        ({"srste_mask": "fixed", "admm_steps": 0.6}, PhasePlan(100, 60, 60)),
         ({"srste_mask": "fixed", "admm_steps": 0}, PhasePlan(100, 0, 0)),  # one-shot pruning
         ({"admm_steps": 1}, PhasePlan(100, 1, 90)),  # 1 is a step, as in warmup_steps, and not the whole run
     ],

@@ -200,19 +200,19 @@ def test_a_run_that_is_pruned_before_it_trains(tiny_bert, token_data, tmp_path):
     )  # fmt: skip
     args = trainer.args
     assert dict(phase_words(args, STEPS)) == {
-        "phase 2": "12 steps: pruned by layer-wise ADMM with up to 256 rows, mask frozen, learning rate x 2"
+        "phase 2": "12 steps: pruned by layer-wise ADMM with up to 1024 rows, mask frozen, learning rate x 2"
     }
     flags = set_flags(args, STEPS)
-    assert (flags["num_calibration_samples"], flags["srste_mask"], flags["admm_steps"]) == ("256", "fixed", "0")
+    assert (flags["num_calibration_samples"], flags["srste_mask"], flags["admm_steps"]) == ("1024", "fixed", "0")
     trainer.train()
     change = next(log["admm/output_change"] for log in trainer.state.log_history if "admm/output_change" in log)
     table = closing_table(trainer.state, trainer.audit, admm_steps=0)
     assert f"phase 2        12 steps: outputs of layers changed by {change:.0%} when pruned\n" in table
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "eprint = {2406.07831}" in card and "| `num_calibration_samples` | 256 |" in card
+    assert "eprint = {2406.07831}" in card and "| `num_calibration_samples` | 1024 |" in card
     args.srste_mask = "dynamic"
-    assert "with up to 256 rows, SR-STE" in dict(phase_words(args, STEPS))["phase 2"]
+    assert "with up to 1024 rows, SR-STE" in dict(phase_words(args, STEPS))["phase 2"]
     args.num_calibration_samples = 0
     assert "num_calibration_samples" not in set_flags(args, STEPS)
 
