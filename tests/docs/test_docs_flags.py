@@ -51,7 +51,10 @@ def test_the_defaults_by_penalty_are_those_of_the_code():
     assert defaults_table() in PAGE, f"docs/flags.md should hold:\n\n{defaults_table()}"
 
 
-WAYS = {"pruned [before training](one_shot.md)": {}, "[two phases](guide.md#two-phases-in-a-picture)": {"admm_steps": 0.6}}
+WAYS = {
+    "pruned [before training](one_shot.md)": {},
+    "[two phases](guide.md#two-phases-in-a-picture)": {"admm_steps": 0.6},
+}
 
 
 @pytest.mark.parametrize("pattern", ["2:4", "1:4"])

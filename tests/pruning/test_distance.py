@@ -122,7 +122,8 @@ def test_phase_2_goes_on_with_the_last_share(decay, interval, tiny_bert, token_d
 @pytest.mark.parametrize(
     ("flags", "interval"),
     [
-        ({"num_calibration_samples": 0}, 20), ({"admm_update_steps": 7}, 7), ({"mask_update_steps": 3}, 3), ({"srste_decay": 2e-4}, 1),
+        ({"num_calibration_samples": 0}, 20), ({"admm_update_steps": 7}, 7), ({"mask_update_steps": 3}, 3),
+        ({"srste_decay": 2e-4}, 1),
         ({"admm_penalty": "loss"}, 1), ({"admm_rho": 0.0, "admm_penalty": "distance"}, 1), ({"admm_steps": 0}, 1),
     ],
 )  # fmt: skip
