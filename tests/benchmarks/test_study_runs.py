@@ -163,6 +163,8 @@ def test_kinds_of_trainers(tiny_bert, token_data, tmp_path):
     assert made("two_phases").args.calibration_samples == 0 and made("two_phases").args.phase_1_length == 0.6
     assert made("sr_ste").args.admm_steps == 0 and made("sr_ste").args.srste_mask == "dynamic"
     assert made("layerwise").args.calibration_samples == made("layerwise_sr_ste").args.calibration_samples == 1024
+    recorded = {name: spec(name, flags={}).settings["arguments"] for name in ("ours", "two_phases", "sparsegpt")}
+    assert [recorded[name]["num_calibration_samples"] for name in recorded] == [1024, 0, 1024]
     assert made("asp").args.rho == 0 and made("asp").args.srste_mask == "fixed"
     start = tiny_bert().bert.encoder.layer[0].output.dense.weight
     pruned = made("sparsegpt").model.bert.encoder.layer[0].output.dense.weight

@@ -42,6 +42,25 @@ def test_before_the_first_step_it_is_prune_one_shot(tiny_bert, token_data, tmp_p
     assert logged == pytest.approx(sum(report.errors.values()) / len(report.errors), rel=1e-5)
 
 
+@pytest.mark.parametrize(("pattern", "times"), [("2:4", 1), ("0.5", 1), ("4x4:8", 1), ("1:4", 2)])
+def test_any_pattern_is_pruned_so_by_default(pattern, times, tiny_bert, token_data, tmp_path):
+    """By all rows, as they are fewer than 1,024; then the zeros stay. The rate is the dense model's or twice it."""
+    data, by_hand = token_data(64), tiny_bert()
+    batches = [
+        default_data_collator([data[row] for row in range(start, start + SIZE)]) for start in range(0, 64, SIZE)
+    ]
+    prune_one_shot(by_hand, batches, pattern)
+    at_start = Recorder("on_step_begin", lambda state, model, **_: weights(model))
+    flags = {**BY_DEFAULT, "sparsity_pattern": pattern, "lr_scheduler_type": "constant"}
+    trainer = train(tiny_bert(), data, tmp_path, callbacks=[at_start], **flags)
+    assert_same_weights(by_hand, at_start.seen[0])
+    rates = {log["learning_rate"] for log in trainer.state.log_history if "learning_rate" in log}
+    assert rates == {times * 1e-3} and trainer.audit.ok
+    for name in trainer.sparsity.weights.targets:
+        zeros = at_start.seen[0][name] == 0
+        assert zeros.any() and not trainer.model.get_parameter(name)[zeros].any(), name
+
+
 class Dense(TrainerCallback):
     """Keeps the weights that a step ends with."""
 
