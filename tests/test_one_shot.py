@@ -1,5 +1,6 @@
 """A model is pruned in one shot: to the pattern exactly, block after block, and all of it or nothing."""
 
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -13,12 +14,14 @@ from hf_admm import (
     audit_checkpoint,
     parse_pattern,
     prune_one_shot,
+    select_targets,
     sparsity_mask,
 )
 from hf_admm.audit import audit_weights
 from hf_admm.one_shot import OneShotReport
-from hf_admm.pruning.calibration import InputMoments
+from hf_admm.pruning.calibration import InputMoments, prune_in_blocks
 from hf_admm.pruning.layerwise import prune_layer
+from hf_admm.pruning.weights import PrunedWeights
 from layer_inputs import data, moments_of
 
 
@@ -98,6 +101,26 @@ def test_padding_is_seen_where_the_model_is_within_another(tiny_bert, token_data
         found.append({name: weight.detach() for name, weight in model.named_parameters()})
     for name, weight in found[0].items():
         torch.testing.assert_close(weight, found[1][name], rtol=1e-3, atol=1e-5, msg=name)
+
+
+@pytest.mark.parametrize(("enough", "taken"), [(1, [0, 5]), (3, [0, 2, 4, 6, 8]), (6, range(10)), (7, range(10))])
+def test_no_more_batches_are_taken_than_are_enough(enough, taken):
+    """Of ten batches with ten inputs that count, for layers of 16: they lie evenly, and all are run through once."""
+    inputs, tokens = data(16, rows=200).view(10, 1, 20, 16), torch.tensor([[1] * 10 + [0] * 10])
+    passes, found = [], []
+    for places in (range(10), taken):
+        torch.manual_seed(0)
+        model, pattern = Padded(), parse_pattern("2:4")
+        model.config = SimpleNamespace(is_encoder_decoder=False)
+        model.register_forward_pre_hook(lambda *_: passes.append(1))
+        batches = [{"inputs": inputs[place], "attention_mask": tokens} for place in places]
+        prune = partial(prune_layer, pattern=pattern)
+        weights = PrunedWeights(model, pattern, select_targets(model, pattern).targets)
+        prune_in_blocks(weights, batches, prune, enough=enough if len(found) == 0 else None)
+        found.append([layer.weight.detach() for layer in model.layers])
+    assert len(passes) == 10 + 2 * len(taken) + 3 * len(taken)
+    for ours, expected in zip(*found, strict=True):
+        assert torch.equal(ours, expected)
 
 
 def test_a_later_block_sees_the_pruned_blocks_before_it():

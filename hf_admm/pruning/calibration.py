@@ -1,6 +1,8 @@
 """Prunes layer by layer, with what a few rows of data put into each (docs/one_shot.md)."""
 
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from itertools import groupby
@@ -13,6 +15,42 @@ from transformers import PreTrainedModel
 from hf_admm.pruning.layerwise import output_error
 from hf_admm.pruning.shards import local
 from hf_admm.pruning.weights import PrunedWeights
+
+
+def evenly(count: int, total: int) -> list[int]:
+    """
+    Places that lie evenly over a whole.
+
+    Args:
+        count (`int`):
+            How many are wanted.
+        total (`int`):
+            How many there are.
+
+    Returns:
+        `list[int]`: At most `count` numbers below `total`, in order.
+    """
+    count = min(count, total)
+    return [place * total // count for place in range(count)]
+
+
+def layer_inputs(inputs: torch.Tensor, tokens: torch.Tensor | None = None) -> torch.Tensor:
+    """
+    What goes into a linear layer, one input a row.
+
+    Args:
+        inputs (`torch.Tensor` of shape `(..., in_features)`):
+            The inputs.
+        tokens (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
+            Zero where there is padding, which is left out. Without effect on inputs of another shape.
+
+    Returns:
+        `torch.Tensor` of shape `(n, in_features)`.
+    """
+    inputs = inputs.detach()
+    if tokens is not None and inputs.shape[:-1] == tokens.shape:
+        inputs = inputs[tokens.to(inputs.device).bool()]
+    return inputs.reshape(-1, inputs.shape[-1])
 
 
 class InputMoments:
@@ -31,18 +69,13 @@ class InputMoments:
 
     def add(self, inputs: torch.Tensor, tokens: torch.Tensor | None = None) -> None:
         """
-        Takes in a tensor whose last dimension is that of the inputs.
+        Takes in the inputs of a pass.
 
         Args:
-            inputs (`torch.Tensor` of shape `(..., in_features)`):
-                The inputs.
-            tokens (`torch.Tensor` of shape `(batch, sequence)`, *optional*):
-                Zero where there is padding, which does not count. Without effect on inputs of another shape.
+            inputs (`torch.Tensor` of shape `(..., in_features)`), tokens (`torch.Tensor`, *optional*):
+                As for [`layer_inputs`].
         """
-        inputs = inputs.detach()
-        if tokens is not None and inputs.shape[:-1] == tokens.shape:
-            inputs = inputs[tokens.to(inputs.device).bool()]
-        inputs = inputs.reshape(-1, inputs.shape[-1]).float()
+        inputs = layer_inputs(inputs, tokens).float()
         if not len(inputs):
             return
         total = self.rows + len(inputs)
@@ -57,6 +90,7 @@ def prune_in_blocks(
     prune: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     forward: Callable[[Any], None] | None = None,
     leaves_unreached: bool = False,
+    enough: int | None = None,
 ) -> dict[str, float]:
     """
     Prunes weights in place, in evaluation mode. Blocks follow one another, each with the inputs that it has once those
@@ -75,6 +109,9 @@ def prune_in_blocks(
             Calls the model with a batch, by default `model(**batch)` on the device of the model.
         leaves_unreached (`bool`, *optional*, defaults to `False`):
             Whether a weight that is no linear layer's that the batches reach is left as it is.
+        enough (`int`, *optional*):
+            How many tokens per input suffice a layer. As many of the batches are taken, lying evenly, as give every
+            layer that they reach so many. By default, all are.
 
     Returns:
         `dict[str, float]`: For each weight that was pruned, how much of its layer's output was changed.
@@ -90,13 +127,14 @@ def prune_in_blocks(
     before, errors = {}, {}
     model.eval()
     try:
-        reached = set()
-        runs.watch(weights.targets, lambda name, inputs, tokens: reached.add(name))
+        reached = runs.tokens_of(weights.targets)
         if (missed := [name for name in weights.targets if name not in reached]) and not leaves_unreached:
             raise ValueError(
                 f"The batches do not reach the forward of these layers: {', '.join(missed)}. Parts of "
                 "nn.MultiheadAttention and unused experts are such. Name them in sparsity_exclude, or give more rows."
             )
+        if enough:
+            runs.thin_out(max((enough * runs.features(name) / max(1, reached[name]) for name in reached), default=1))
         for _, block in groupby((name for name in weights.targets if name in reached), key=_block):
             for name, moments in runs.moments(list(block)).items():
                 if not moments.rows and leaves_unreached:  # an expert, once the layers before it are pruned
@@ -140,13 +178,27 @@ class _Runs:
         config = getattr(weights.model, "config", None)
         self.padded = not getattr(config, "is_encoder_decoder", False)  # whose decoder has other positions
 
+    def features(self, name: str) -> int:
+        """The inputs of a weight's layer."""
+        target = self.weights.targets[name]
+        return target.shape[0 if target.transposed else 1]
+
+    def tokens_of(self, names: Iterable[str]) -> Counter[str]:
+        """How many inputs the layer of each of these weights has, padding left out, if it is reached at all."""
+        found = Counter()
+        self.watch(names, lambda name, inputs, tokens: found.update({name: len(layer_inputs(inputs, tokens))}))
+        return found
+
+    def thin_out(self, share: float) -> None:
+        """Takes that share of the batches from now on, if it is below 1."""
+        total = len(self.batches)
+        self.batches = [self.batches[place] for place in evenly(math.ceil(share * total), total)]
+
     def moments(self, names: list[str]) -> dict[str, InputMoments]:
         """The second moments of the inputs of each of these weights' layers."""
         found = {}
         for name in names:
-            target, parameter = self.weights.targets[name], self.weights.parameters[name]
-            features = target.shape[0 if target.transposed else 1]
-            found[name] = InputMoments(features, local(parameter).device)
+            found[name] = InputMoments(self.features(name), local(self.weights.parameters[name]).device)
         self.watch(names, lambda name, inputs, tokens: found[name].add(inputs, tokens))
         return found
 

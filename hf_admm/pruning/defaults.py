@@ -50,6 +50,8 @@ PENALTIES = {
 # Rows with which a model is pruned before it trains: drawing it to the pattern while it trains costs accuracy. With
 # fewer, short texts have hardly more tokens than a layer has inputs (docs/one_shot.md).
 CALIBRATION_SAMPLES = 1024
+# Of them, as many as give every layer so many tokens per input: texts of thousands of tokens need few rows.
+CALIBRATION_TOKENS = 16
 # Where less than this is kept, more is to be learnt anew.
 FEW = 0.5
 # Share of the run, where there is a phase 1.

@@ -120,7 +120,8 @@ def phase_figures(state: TrainerState, admm_steps: int) -> list[tuple[str, str]]
             Length of phase 1.
 
     Returns:
-        `list[tuple[str, str]]`: For each phase that was trained, its name and a line.
+        `list[tuple[str, str]]`: For each phase that was trained, its name (`"training"` if there is no phase 1) and a
+            line.
     """
     logs = [log for log in state.log_history if "admm/phase" in log]
     lines = []
@@ -129,7 +130,7 @@ def phase_figures(state: TrainerState, admm_steps: int) -> list[tuple[str, str]]
             continue
         own = [log for log in logs if log["admm/phase"] == number]
         figures = _figures(number, own, [log for log in logs if log["admm/phase"] == 2])
-        lines.append((f"phase {number}", f"{steps} steps{figures}"))
+        lines.append((f"phase {number}" if admm_steps else "training", f"{steps} steps{figures}"))
     return lines
 
 

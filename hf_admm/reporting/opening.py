@@ -36,7 +36,9 @@ def opening_table(args, state: ADMMState, max_steps: int, step: int = 0, model_n
     if selection.targets:
         lines += ["", kinds_table({name: target.shape for name, target in selection.targets.items()})]
     lines.append("")
-    memory = [f"{size_text(size)} in phase {number}" for number, size in _memory(state, settings)]
+    memory = list(map(size_text, state.bytes_beside(settings).values()))
+    if settings.plan.admm_steps:
+        memory = [f"{size} in phase {number}" for number, size in enumerate(memory, 1)]
     place = "in CPU memory" if settings.offload and _on_gpu(state) else "beside the weights"
     chosen = [
         ("pruned", f"{selection.share():.1%} of the entries of all matrices"),
@@ -78,12 +80,6 @@ def kinds_table(shapes: dict[str, tuple[int, ...]]) -> str:
 
 def _row(name: str, count: int, entries: int, shape: str = "") -> list[str]:
     return [name, str(count), shape, f"{entries:,}"]
-
-
-def _memory(state: ADMMState, settings) -> list[tuple[int, int]]:
-    sizes = list(state.bytes_beside(settings).values())
-    first = 1 if settings.plan.admm_steps else 2
-    return list(enumerate(sizes, first))
 
 
 def _on_gpu(state: ADMMState) -> bool:

@@ -25,7 +25,8 @@ def bar_words(number: int, logs: Mapping[str, float], plan: PhasePlan) -> str:
             The steps of the run.
 
     Returns:
-        `str`: `"phase 1/2, residual 0.031, flips 0.0012"`.
+        `str`: `"phase 1/2, residual 0.031, flips 0.0012"`; without the phase, if there is no first one.
     """
     figures = [f"{word} {logs[name]:.2g}" for name, word in _FIGURES[number].items() if name in logs]
-    return ", ".join([f"phase {number}" + ("/2" if len(plan.segments) == 2 else ""), *figures])
+    phase = [f"phase {number}" + ("/2" if len(plan.segments) == 2 else "")] if plan.admm_steps else []
+    return ", ".join([*phase, *figures])

@@ -30,7 +30,8 @@ def phase_words(args, max_steps: int) -> list[tuple[str, str]]:
             Its length, in optimizer steps.
 
     Returns:
-        `list[tuple[str, str]]`: For each phase that the run has, its name and a line.
+        `list[tuple[str, str]]`: For each phase that the run has, its name (`"training"` if there is no phase 1) and a
+            line.
     """
     if args.is_own:
         return [("training", f"{max_steps} steps with a mask that does not move")]
@@ -39,7 +40,8 @@ def phase_words(args, max_steps: int) -> list[tuple[str, str]]:
     if plan.admm_steps:
         words.append(("phase 1", f"{plan.admm_steps} steps: {_first_phase(settings)}"))
     if plan.admm_steps < max_steps:
-        words.append(("phase 2", f"{max_steps - plan.admm_steps} steps: {_second_phase(args, settings)}"))
+        name = "phase 2" if plan.admm_steps else "training"
+        words.append((name, f"{max_steps - plan.admm_steps} steps: {_second_phase(args, settings)}"))
     return words
 
 

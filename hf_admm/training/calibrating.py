@@ -10,7 +10,8 @@ from datasets import IterableDataset
 from torch import distributed
 
 from hf_admm.console import get_logger
-from hf_admm.pruning.calibration import prune_in_blocks
+from hf_admm.pruning.calibration import evenly, prune_in_blocks
+from hf_admm.pruning.defaults import CALIBRATION_TOKENS
 from hf_admm.pruning.layerwise import prune_layer
 from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.sparsity.patterns import SparsityPattern
@@ -83,6 +84,7 @@ class CalibrationMixin:
                 partial(_prune_alike, pattern=weights.pattern),
                 self._calibration_forward,
                 leaves_unreached=True,
+                enough=CALIBRATION_TOKENS if self.args.num_calibration_samples is None else None,
             )
         if left := [name for name in weights.targets if name not in errors]:
             logger.warning(
@@ -105,8 +107,7 @@ class CalibrationMixin:
         if isinstance(data, IterableDataset):
             rows = list(data.take(most))
         else:
-            count = min(most, len(data))
-            rows = [data[index * len(data) // count] for index in range(count)]
+            rows = [data[place] for place in evenly(most, len(data))]
         if holds_batches:
             return [collate(row) for row in rows]
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]

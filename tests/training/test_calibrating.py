@@ -11,6 +11,7 @@ from transformers import TrainerCallback, default_data_collator
 
 from hf_admm import ADMMTrainer, prune_one_shot
 from hf_admm.pruning.calibration import InputMoments
+from hf_admm.training import calibrating
 from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
 
 
@@ -59,6 +60,27 @@ def test_any_pattern_is_pruned_so_by_default(pattern, times, tiny_bert, token_da
     for name in trainer.sparsity.weights.targets:
         zeros = at_start.seen[0][name] == 0
         assert zeros.any() and not trainer.model.get_parameter(name)[zeros].any(), name
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_by_default_as_many_of_the_rows_as_suffice_every_layer(asked, tiny_bert, token_data, tmp_path, monkeypatch):
+    """Four of eight batches, with 8 tokens per input of the widest layer; a number that is given counts."""
+    monkeypatch.setattr(calibrating, "CALIBRATION_TOKENS", 8)
+    data, by_hand = token_data(64), tiny_bert()
+    tokens, widest = data[0]["input_ids"].numel(), by_hand.config.intermediate_size
+    assert 3 * SIZE * tokens < 8 * widest <= 4 * SIZE * tokens
+    batches = [
+        default_data_collator([data[row] for row in range(start, start + SIZE)]) for start in range(0, 64, SIZE)
+    ]
+    prune_one_shot(by_hand, batches if asked else batches[::2], "2:4")
+    trainer = prepare(
+        tiny_bert(), data, tmp_path, **BY_DEFAULT | {"sparsity_pattern": "2:4"},
+        **{"num_calibration_samples": 64} if asked else {},
+    )  # fmt: skip
+    at_start = Recorder("on_step_begin", lambda state, model, **_: weights(model))
+    trainer.add_callback(at_start)
+    trainer.train()
+    assert_same_weights(by_hand, at_start.seen[0])
 
 
 class Dense(TrainerCallback):
