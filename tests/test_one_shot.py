@@ -19,7 +19,7 @@ from hf_admm import (
 )
 from hf_admm.audit import audit_weights
 from hf_admm.one_shot import OneShotReport
-from hf_admm.pruning.calibration import InputMoments, prune_in_blocks
+from hf_admm.pruning.calibration import InputMoments, evenly, prune_in_blocks
 from hf_admm.pruning.layerwise import prune_layer
 from hf_admm.pruning.weights import PrunedWeights
 from layer_inputs import data, moments_of
@@ -41,6 +41,10 @@ class Blocks(nn.Module):
         for layer in self.layers:
             inputs = torch.relu(layer(inputs))
         return self.head(inputs)
+
+
+def test_places_lie_evenly():
+    assert evenly(4, 10) == [0, 2, 5, 7] and evenly(99, 3) == [0, 1, 2] and evenly(2, 0) == []
 
 
 def test_moments_are_the_same_in_parts():

@@ -3,18 +3,12 @@
 import json
 
 import torch
-from datasets import Dataset
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from benchmarks import calibration_rows
 from benchmarks.study.tasks import load_task
 from hf_admm import prune_one_shot
-
-
-def test_rows_lie_evenly():
-    rows = Dataset.from_dict({"number": list(range(10))})
-    assert calibration_rows.spread(rows, 4)["number"][:] == [0, 2, 5, 7]
-    assert len(calibration_rows.spread(rows, 99)) == 10
+from hf_admm.pruning.calibration import evenly
 
 
 def test_the_command_prunes_by_each_set_of_rows(model_dir, data_dir, tmp_path, capsys):
@@ -32,7 +26,7 @@ def test_the_command_prunes_by_each_set_of_rows(model_dir, data_dir, tmp_path, c
     tokenizer = AutoTokenizer.from_pretrained(model_dir)
     rows, dev = (
         [dict(tokenizer(texts["sentence1"][:], padding=True, return_tensors="pt"))]
-        for texts in (calibration_rows.spread(task.train, 9), next(iter(task.evaluations.values())))
+        for texts in (task.train.select(evenly(9, len(task.train))), next(iter(task.evaluations.values())))
     )
     model = AutoModelForSequenceClassification.from_pretrained(model_dir, dtype=torch.float32)
     dense = calibration_rows.outputs(model, dev)
