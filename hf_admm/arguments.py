@@ -76,8 +76,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         num_calibration_samples (`int`, *optional*):
             Rows of the training set with which layer-wise ADMM ([`prune_one_shot`]) prunes at the switch to phase 2,
             before the first step if `admm_steps` is 0. With 0, the mask is that of the weights' size. `None` takes
-            1024, but 0 if any of `admm_steps`, `admm_penalty`, `admm_rho`, `admm_update_steps` and
-            `admm_lr_scheduler_type` is given.
+            1024, or as many of them as give every layer 16 tokens per input, but 0 if any of `admm_steps`,
+            `admm_penalty`, `admm_rho`, `admm_update_steps` and `admm_lr_scheduler_type` is given.
         srste_mask (`str`, *optional*):
             `"dynamic"`: the mask follows the weights. `"fixed"`: it is frozen at the switch from phase 1. `None` takes
             `"fixed"` with `num_calibration_samples` if neither `srste_decay` nor `mask_update_steps` is given, else
