@@ -29,12 +29,13 @@ class PhaseCallback(TrainerCallback):
     Args:
         state ([`ADMMState`]):
             The trainer's state.
-        calibrate (`Callable`, *optional*):
-            Prunes the weights with the training data, if the arguments ask for it; see [`ADMMState`].
+        at_switch (`Callable`, *optional*):
+            Called with the weights, dense as yet, right before phase 2 begins. May prune them with the training data:
+            it returns how much of each layer's output that changed.
     """
 
-    def __init__(self, state: ADMMState, calibrate: Callable[[PrunedWeights], dict[str, float]] | None = None):
-        self.state, self.calibrate = state, calibrate
+    def __init__(self, state: ADMMState, at_switch: Callable[[PrunedWeights], dict[str, float]] | None = None):
+        self.state, self.at_switch = state, at_switch
         self.loss_scale = 1.0  # of the step that is being taken
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -42,15 +43,14 @@ class PhaseCallback(TrainerCallback):
             return
         args.validate_sparsity()
         settings = args.phase_settings(state.max_steps)
-        calibrate = self.calibrate if args.calibration_samples else None
         if self.state.resumed:
-            self.state.resumed, self.state.calibrate = False, calibrate
+            self.state.resumed, self.state.at_switch = False, self.at_switch
             self.state.phase.resume(state.global_step, settings)
             return
         selection = select_targets(model, args.pattern, args.include, args.exclude)
         self.state.reset(model, args.pattern, selection)
         self.state.use_optimizer(optimizer)
-        self.state.calibrate = calibrate
+        self.state.at_switch = self.at_switch
         self.state.begin(settings)
 
     def on_step_begin(self, args, state, control, **kwargs):

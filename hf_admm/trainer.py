@@ -19,6 +19,7 @@ from hf_admm.console import get_logger
 from hf_admm.mask_audit import audit_masks
 from hf_admm.pruning.shards import DTensor, local
 from hf_admm.pruning.state import ADMMState
+from hf_admm.pruning.weights import PrunedWeights
 from hf_admm.reporting.run_reports import RunReportsMixin
 from hf_admm.sparsity.refusals import refuse_adapter_config
 from hf_admm.sparsity.targets import TargetSelection, select_targets
@@ -107,7 +108,7 @@ class ADMMTrainerMixin(
         self._announce()
         if not any(isinstance(callback, PhaseCallback) for callback in self.callback_handler.callbacks):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
-            ours = [PhaseCallback(self.sparsity, self._calibrate), MetricsCallback(self.sparsity)]
+            ours = [PhaseCallback(self.sparsity, self._at_switch), MetricsCallback(self.sparsity)]
             ours.append(PhaseProgressCallback(self.sparsity, self.callback_handler))
             self.callback_handler.callbacks[1:1] = ours
 
@@ -164,6 +165,10 @@ class ADMMTrainerMixin(
         self._check_calibration(says=True)
         self._set_up_sparsity()
         self._prepare_teacher()
+
+    def _at_switch(self, weights: PrunedWeights) -> dict[str, float]:
+        self._take_teacher()
+        return self._calibrate(weights) if self.args.calibration_samples else {}
 
     def _audit(self) -> None:
         weights = self.sparsity.weights

@@ -156,7 +156,13 @@ def _validate_own_mask(args) -> None:
 def _validate_distillation(args) -> None:
     faults, teacher = [], args.distill_teacher
     if teacher is not None and not (isinstance(teacher, str) and teacher.strip()):
-        faults.append(f"distill_teacher={_shown(teacher)} is not allowed: give a folder, a hub id or 'self'")
+        allowed = "a folder, a hub id, 'self' or 'switch'"
+        faults.append(f"distill_teacher={_shown(teacher)} is not allowed: give {allowed}")
+    if args.learns_from_switch and (not args.is_sparse or args.is_own):
+        faults.append(
+            f"distill_teacher='switch' is the model that phase 1 ends with, and with sparsity_pattern="
+            f"{_shown(args.sparsity_pattern)} there are no phases: give another teacher, or a pattern such as '2:4'"
+        )
     for name, (least, most, allowed) in _DISTILLATION.items():
         value = getattr(args, name)
         if value is None and name == "distill_hidden_weight":

@@ -1,6 +1,7 @@
-"""What a resume needs to have the same teacher: a record in each checkpoint, and once the weights of `self`.
+"""What a resume needs to have the same teacher: a record in each checkpoint, and once the weights of the run's own.
 
-The dense model of the start is nowhere else once training has begun, so the first checkpoint has it written beside it.
+What the model was at its start, or at the switch, is nowhere else afterwards, so the first checkpoint has it written
+beside it.
 The underscore keeps it out of uploads to the hub.
 """
 
@@ -16,7 +17,7 @@ from hf_admm.checkpoints.files import UNREADABLE, sync
 from hf_admm.checkpoints.sidecar import checksum
 from hf_admm.checkpoints.staging import STAGING_NAME
 from hf_admm.console import get_logger
-from hf_admm.training.distillation_arguments import SELF
+from hf_admm.training.distillation_arguments import OWN, SELF
 from hf_admm.training.signatures import surround
 from hf_admm.training.teaching import DistillationMixin
 
@@ -41,6 +42,10 @@ class TeacherCheckpointsMixin(DistillationMixin):
         self._teacher_sum, self._teacher_places = None, set()
         super()._prepare_teacher()
 
+    def _take_teacher(self) -> None:
+        self._teacher_sum, self._teacher_places = None, set()
+        super()._take_teacher()
+
     def _save_optimizer_and_scheduler(self, *args, **kwargs) -> None:
         with self._saving_teacher(*args, **kwargs):
             super()._save_optimizer_and_scheduler(*args, **kwargs)
@@ -53,11 +58,11 @@ class TeacherCheckpointsMixin(DistillationMixin):
     def _saving_teacher(self, *args, **kwargs):
         """Around the one thing that every checkpoint saves which can be resumed."""
         yield
-        if self._teacher is None or not self.args.should_save:
+        if not self._has_teacher or not self.args.should_save:
             return
         folder = Path(kwargs.get("output_dir", args[0] if args else self.args.output_dir))
         run_dir = folder.parent.parent if folder.parent.name == STAGING_NAME else folder.parent
-        if self.args.distill_teacher == SELF and run_dir not in self._teacher_places:
+        if self.args.distill_teacher in OWN and run_dir not in self._teacher_places:
             self._save_self(run_dir)
         record = {"format_version": _VERSION, "teacher": self.args.distill_teacher, "crc32": self._checksum()}
         (folder / TEACHER_RECORD).write_text(json.dumps(record), encoding="utf-8")
@@ -93,7 +98,9 @@ class TeacherCheckpointsMixin(DistillationMixin):
                     "go on with it, set distill_teacher to it again."
                 )
             return
-        if teacher == SELF:
+        if self.args.learns_from_switch and record is None:
+            return  # it is still to come
+        if teacher in OWN:
             self._load_self(checkpoint)
         if record is None:
             logger.warning(
@@ -111,8 +118,10 @@ class TeacherCheckpointsMixin(DistillationMixin):
         places = (checkpoint.parent, Path(self.args.output_dir))
         place = next((place for place in places if (place / TEACHER_WEIGHTS).is_file()), None)
         if place is None:
+            given = self.args.distill_teacher
+            moment = "when training started" if given == SELF else "at the switch"
             raise ValueError(
-                f"distill_teacher='self' is the dense model as it was when training started, and {checkpoint} has it "
+                f"distill_teacher={given!r} is the dense model as it was {moment}, and {checkpoint} has it "
                 f"no longer: {TEACHER_WEIGHTS} is missing beside it. Copy it there, or give the folder of that model "
                 "as distill_teacher."
             )
@@ -120,10 +129,10 @@ class TeacherCheckpointsMixin(DistillationMixin):
             load_model(self._teacher, str(place / TEACHER_WEIGHTS))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(
-                f"{place / TEACHER_WEIGHTS} is not the start of this model ({error}). Copy it again, or give the "
+                f"{place / TEACHER_WEIGHTS} is not a state of this model ({error}). Copy it again, or give the "
                 "folder of that model as distill_teacher."
             ) from error
-        self._teacher_sum = None
+        self._teacher_sum, self._teacher_taken = None, True
         self._teacher_places.add(place)
 
     def _checksum(self) -> str:

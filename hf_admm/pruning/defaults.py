@@ -56,6 +56,8 @@ CALIBRATION_TOKENS = 16
 FEW = 0.5
 # Share of the run, where there is a phase 1.
 PHASE_1 = 0.6
+# The same, where it trains the teacher of phase 2.
+TEACHER_PHASE = 0.5
 # Updates of the mask in phase 1, where their interval adapts.
 UPDATES = 24
 

@@ -39,7 +39,7 @@ class ADMMState:
         self.swapped = SwappedParameters()
         self.selection: TargetSelection | None = None
         self.resumed = False
-        self.calibrate: Callable[[PrunedWeights], dict[str, float]] | None = None  # before phase 2
+        self.at_switch: Callable[[PrunedWeights], dict[str, float]] | None = None  # before phase 2
         self._pulled = False  # in this step
         self._ready = False  # for Trainer to take the step
         self._stepped = False  # the optimizer, by other hands than Trainer's, in this step
@@ -115,7 +115,7 @@ class ADMMState:
 
     def enter(self, phase: type[Phase], settings: PhaseSettings, step: int) -> None:
         """Enters a phase, once `step` optimizer steps are done."""
-        changes = self.calibrate(self.weights) if phase is SRSTE and self.calibrate else {}
+        changes = self.at_switch(self.weights) if phase is SRSTE and self.at_switch else {}
         before, self.phase = self.phase, phase(self.weights, settings)
         self.phase.begin(step, before)
         if changes:

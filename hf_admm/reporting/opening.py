@@ -5,6 +5,7 @@ from hf_admm.reporting.settings import pattern_words, phase_words
 from hf_admm.reporting.tables import format_facts, format_table, shortened, size_text
 from hf_admm.sparsity.kinds import layer_kinds
 from hf_admm.sparsity.own import OwnSelection
+from hf_admm.training.distillation_arguments import SELF, SWITCH
 
 
 MOST_KINDS = 12
@@ -51,7 +52,8 @@ def opening_table(args, state: ADMMState, max_steps: int, step: int = 0, model_n
         ("memory", f"{' and '.join(memory)} {place}, on this process"),
     ]
     if args.distill_teacher is not None:
-        facts.append(("teacher", args.distill_teacher))
+        own = {SELF: "the dense model of the start", SWITCH: "the dense model that phase 1 ends with"}
+        facts.append(("teacher", own.get(args.distill_teacher, args.distill_teacher)))
     return "\n".join([*lines, format_facts(facts), ""])
 
 

@@ -7,6 +7,7 @@ from hf_admm.pruning.defaults import (
     FEW,
     PENALTIES,
     PHASE_1,
+    TEACHER_PHASE,
     UPDATES,
     PenaltyDefaults,
     pull_start,
@@ -43,8 +44,10 @@ class DerivedFlags:
 
     @property
     def rho(self) -> float:
-        """`admm_rho`, or what is taken for it."""
-        return self.defaults.rho if self.admm_rho is None else self.admm_rho
+        """`admm_rho`, or what is taken for it: no pull where a teacher is trained, that is pruned by its data then."""
+        if self.admm_rho is not None:
+            return self.admm_rho
+        return 0.0 if self._trains_teacher else self.defaults.rho
 
     @property
     def penalty(self) -> str:
@@ -60,8 +63,13 @@ class DerivedFlags:
     def phase_schedulers(self) -> tuple[str | None, str | None]:
         """Schedules of the learning rate in both phases, `None` for `lr_scheduler_type`."""
         own = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "linear"
+        own = own or self._trains_teacher  # which is worth most at the end of a decay
         first = self.admm_lr_scheduler_type or (None if own else self.defaults.lr_scheduler_type)
         return first, None
+
+    @property
+    def _trains_teacher(self) -> bool:
+        return self.learns_from_switch and self.admm_penalty is None and self.calibration_samples > 0
 
     @property
     def lr_multiplier(self) -> float:
@@ -70,8 +78,9 @@ class DerivedFlags:
             return 1.0
         if self.srste_lr_multiplier is not None:
             return self.srste_lr_multiplier
-        if self.calibration_samples and not self.phase_1_length and self.pattern.density >= FEW:
-            return 1.0  # nearly the pre-trained model, which trains as a dense one does
+        nearly_dense = self.calibration_samples and (not self.phase_1_length or self._trains_teacher)
+        if nearly_dense and self.pattern.density >= FEW:
+            return 1.0  # it trains as a dense one does
         return self.defaults.lr_multiplier
 
     @property
@@ -81,8 +90,9 @@ class DerivedFlags:
             return 0
         if self.num_calibration_samples is not None:
             return self.num_calibration_samples
-        of_phase_1 = (self.admm_steps, self.admm_penalty, self.admm_rho, self.admm_update_steps)
-        of_phase_1 = (*of_phase_1, self.admm_lr_scheduler_type)
+        of_phase_1 = (self.admm_penalty, self.admm_rho, self.admm_update_steps)
+        if not self.learns_from_switch:  # which has a phase 1 in any case
+            of_phase_1 += (self.admm_steps, self.admm_lr_scheduler_type)
         if self.can_not_calibrate or any(flag is not None for flag in of_phase_1):
             return 0
         return CALIBRATION_SAMPLES
@@ -92,6 +102,8 @@ class DerivedFlags:
         """`admm_steps`, or what is taken for it: a model that is pruned before it trains needs no phase 1."""
         if self.admm_steps is not None:
             return self.admm_steps
+        if self._trains_teacher:
+            return TEACHER_PHASE
         return 0 if self.calibration_samples else PHASE_1
 
     @property

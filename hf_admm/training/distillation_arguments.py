@@ -3,7 +3,8 @@
 from dataclasses import dataclass, field
 
 
-SELF = "self"
+SELF, SWITCH = "self", "switch"
+OWN = (SELF, SWITCH)  # the model that is trained, at an earlier moment
 DISTILL_REALS = ("distill_logits_weight", "distill_hidden_weight", "distill_temperature")
 # The dense model of the start knows what language is, and nothing of the task: it holds hidden states a little.
 _HIDDEN_WEIGHT = {True: 0.1, False: 1.0}
@@ -16,8 +17,9 @@ class DistillationArgumentsMixin:
 
     Args:
         distill_teacher (`str`, *optional*):
-            A model of the student's class to learn from, as a folder or an id of the hub; or `"self"`, the dense model
-            as it was when training started. By default there is none.
+            A model of the student's class to learn from, as a folder or an id of the hub; `"self"`, the dense model as
+            it was when training started; or `"switch"`, the dense model that phase 1 ends with, which teaches phase 2.
+            By default there is none.
         distill_logits_weight (`float`, *optional*, defaults to `0.0`):
             Share of the teacher's logits in the loss: with `h` here, `(1 - h) * task + h * T^2 * KL`, or the squared
             error for a regression.
@@ -30,8 +32,8 @@ class DistillationArgumentsMixin:
     distill_teacher: str | None = field(
         default=None,
         metadata={
-            "help": "Model to learn from: a folder or hub id, loaded with the student's class, or 'self' (the dense "
-            "model as it was when training started)."
+            "help": "Model to learn from: a folder or hub id, loaded with the student's class, 'self' (the dense "
+            "model as it was when training started) or 'switch' (the dense model that phase 1 ends with)."
         },
     )
     distill_logits_weight: float = field(
@@ -44,6 +46,11 @@ class DistillationArgumentsMixin:
         },
     )
     distill_temperature: float = field(default=2.0, metadata={"help": "Temperature T of both models' logits."})
+
+    @property
+    def learns_from_switch(self) -> bool:
+        """Whether the model of the switch is the teacher, so that there is none in phase 1."""
+        return self.distill_teacher == SWITCH
 
     @property
     def hidden_weight(self) -> float:

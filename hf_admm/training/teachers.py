@@ -10,7 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_admm.console import get_logger
 from hf_admm.pruning.shards import DTensor
-from hf_admm.training.distillation_arguments import SELF
+from hf_admm.training.distillation_arguments import OWN
 from hf_admm.training.traceless import same_randomness
 
 
@@ -34,7 +34,7 @@ def make_teacher(student: nn.Module, args) -> PreTrainedModel:
         `ValueError`: If it can't be loaded, or lacks weights that it would teach with.
     """
     with same_randomness(student, args.device):
-        if args.distill_teacher == SELF:
+        if args.distill_teacher in OWN:
             teacher = copy.deepcopy(student)
             for name in ("forward", "_original_forward"):  # of an earlier training, in its precision
                 vars(teacher).pop(name, None)
@@ -45,6 +45,22 @@ def make_teacher(student: nn.Module, args) -> PreTrainedModel:
     return teacher.requires_grad_(False).eval().to(args.device)
 
 
+@torch.no_grad()
+def become(teacher: nn.Module, student: nn.Module) -> None:
+    """
+    Gives a teacher that is a copy of the student the weights that the student has now.
+
+    Args:
+        teacher (`nn.Module`):
+            The teacher, whole on each process.
+        student (`nn.Module`):
+            The model, not wrapped. Where it is sharded, every process must call this.
+    """
+    theirs = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
+    for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
+        theirs[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+
+
 def _load(student: nn.Module, args) -> PreTrainedModel:
     path, kind = args.distill_teacher, type(student)
     try:
@@ -52,7 +68,7 @@ def _load(student: nn.Module, args) -> PreTrainedModel:
     except (OSError, ValueError, RuntimeError) as error:
         raise ValueError(
             f"distill_teacher={path!r} could not be loaded as {kind.__name__}, the class of the student ({error}). "
-            "Give a folder that save_pretrained has written, a hub id, or 'self'."
+            "Give a folder that save_pretrained has written, a hub id, 'self' or 'switch'."
         ) from error
     if missing := sorted(info["missing_keys"]):
         if args.distill_logits_weight:
@@ -123,8 +139,8 @@ def refusal(trainer) -> str:
         faults.append("FSDP with cpu_ram_efficient_loading leaves all but one process without a teacher's weights")
     if any(getattr(parallel, f"{kind}_enabled", False) for kind in ("tp", "cp", "sp")):
         faults.append("tensor, context and sequence parallelism are not supported")
-    if trainer.args.distill_teacher == SELF and any(isinstance(weight, DTensor) for weight in model.parameters()):
-        faults.append("'self' can't copy a model that is sharded already (make a new trainer for a second training)")
+    if trainer.args.distill_teacher in OWN and any(isinstance(weight, DTensor) for weight in model.parameters()):
+        faults.append("a model that is sharded already can't be copied (make a new trainer for a second training)")
     if not faults:
         return ""
     given = trainer.args.distill_teacher

@@ -18,6 +18,7 @@ from hf_admm.training.distillation import (
 )
 from hf_admm.training.signatures import surround
 from hf_admm.training.teachers import (
+    become,
     check_outputs,
     make_teacher,
     refusal,
@@ -40,6 +41,7 @@ class DistillationMixin:
     """
 
     _teacher: nn.Module | None = None
+    _teacher_taken = False  # has the weights that the student had at the switch
     _teaching = False  # within a step
     _reported = False  # the model gave its hidden states before this training too
     _window: torch.Tensor | None = None  # rows and tokens of an optimizer step, on all processes
@@ -54,17 +56,30 @@ class DistillationMixin:
         if unused := self.args.unused_distillation:
             logger.warning(
                 f"There is no distill_teacher: {', '.join(unused)} will have no effect. Set distill_teacher to a "
-                "folder, a hub id or 'self', or leave them away."
+                "folder, a hub id, 'self' or 'switch', or leave them away."
             )
 
     def _prepare_teacher(self) -> None:
         """At the start of a training, before it loads or wraps anything."""
         self._teacher = self._window = None
+        self._teacher_taken = False
         self._distances, self._distances_of, self._distance_figures = {}, 0, {}
         self._check_distillation()
         if self.args.distill_teacher is not None:
             student = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
             self._teacher, self._reported = make_teacher(student, self.args), reports_hidden_states(student)
+
+    @property
+    def _has_teacher(self) -> bool:
+        """Whether there is one now: that of the switch teaches what comes after it."""
+        return self._teacher is not None and (not self.args.learns_from_switch or self.sparsity.phase.number == 2)
+
+    def _take_teacher(self) -> None:
+        """Right before the switch, while the weights are dense."""
+        if self._teacher is not None and self.args.learns_from_switch:
+            self.sparsity.weights.reshard()
+            become(self._teacher, self.accelerator.unwrap_model(self.model, keep_torch_compile=False))
+            self._teacher_taken = True
 
     def train(self, *args, **kwargs):
         try:
@@ -107,9 +122,14 @@ class DistillationMixin:
 
     @contextmanager
     def _taught(self, model, inputs, *_, **__):
-        if self._teacher is None or self._teaching:
+        if not self._has_teacher or self._teaching:
             yield
             return
+        if self.args.learns_from_switch and not self._teacher_taken:
+            raise ValueError(
+                "distill_teacher='switch' is the dense model that phase 1 ended with, and the checkpoint was saved "
+                "after that by a run that had no such teacher. Resume from phase 1, or give another teacher or none."
+            )
         calls, hidden = [], self.args.hidden_weight > 0
         # Before the step changes it: some trainers take the labels out.
         batch = dict(inputs) if isinstance(inputs, Mapping) else {}

@@ -98,7 +98,7 @@ def test_metrics_are_of_evaluations_and_steps_alone(maker, tmp_path):
     """TRL adds up metrics in every forward pass; those of the calibration are no evaluation's."""
     make, model = maker("SFT", **CALIBRATED)
     trainer, before = make(tmp_path, model), []
-    inner = trainer._calibrate
+    inner = trainer._at_switch
 
     def calibrate(weights):
         before.append({kind: dict(metrics) for kind, metrics in trainer._metrics.items()})
@@ -107,7 +107,7 @@ def test_metrics_are_of_evaluations_and_steps_alone(maker, tmp_path):
         return changes
 
     callbacks = trainer.callback_handler.callbacks
-    next(callback for callback in callbacks if isinstance(callback, PhaseCallback)).calibrate = calibrate
+    next(callback for callback in callbacks if isinstance(callback, PhaseCallback)).at_switch = calibrate
     trainer.train()
     assert before[0] == before[1] and len(before) == 2
 

@@ -1,0 +1,141 @@
+"""`distill_teacher="switch"`: phase 1 trains the teacher of phase 2."""
+
+import copy
+import json
+
+import pytest
+import torch
+from transformers import Trainer
+
+from hf_admm import ADMMTrainingArguments, prune_one_shot
+from hf_admm.checkpoints.teacher_files import TEACHER_RECORD, TEACHER_WEIGHTS
+from hf_admm.training.distillation import hidden_distance
+from tiny_models import NO_DROPOUT
+from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
+
+
+# As a user gives them: nothing of a phase.
+RECIPE = {"distill_teacher": "switch", "admm_steps": None, "admm_rho": None, "admm_update_steps": None}
+SAVES = {"save_strategy": "steps", "save_steps": 3, "save_total_limit": 20}
+
+
+def arguments(folder, **flags):
+    return ADMMTrainingArguments(str(folder), use_cpu=True, **{"distill_teacher": "switch", **flags})
+
+
+def test_what_is_taken_for_the_other_flags(tmp_path):
+    """Half of the run trains the teacher, without a pull; then it is pruned by its data."""
+    args = arguments(tmp_path)
+    assert (args.phase_1_length, args.rho, args.calibration_samples, args.mask_mode) == (0.5, 0.0, 1024, "fixed")
+    assert (args.phase_schedulers, args.lr_multiplier, args.hidden_weight) == ((None, None), 1.0, 1.0)
+    assert arguments(tmp_path, sparsity_pattern="1:4").lr_multiplier == 2.0
+    longer = arguments(tmp_path, admm_steps=0.7, admm_lr_scheduler_type="constant")
+    assert (longer.phase_1_length, longer.calibration_samples) == (0.7, 1024)
+    assert (longer.rho, longer.phase_schedulers[0]) == (0.0, "constant")
+    # A flag of the penalty asks for two phases as they are without a teacher.
+    for flags in ({"admm_penalty": "distance"}, {"num_calibration_samples": 0}, {"admm_rho": 0.1}):
+        pulled, without = arguments(tmp_path, **flags), arguments(tmp_path, **flags, distill_teacher=None)
+        assert pulled.calibration_samples == 0 and pulled.rho == without.rho > 0
+        assert pulled.phase_1_length == (without.phase_1_length or 0.6) and pulled.mask_mode == "dynamic"
+        assert pulled.phase_schedulers == without.phase_schedulers
+        assert pulled.lr_multiplier == without.lr_multiplier
+
+
+@pytest.mark.parametrize("pattern", ["none", "own"])
+def test_without_phases_there_is_no_such_teacher(pattern, tmp_path):
+    with pytest.raises(ValueError, match=f"with sparsity_pattern='{pattern}' there are no phases: give another"):
+        arguments(tmp_path, sparsity_pattern=pattern)
+
+
+def test_phase_1_is_plain_training_and_its_model_teaches_phase_2(tiny_bert, token_data, tmp_path):
+    """To the bits of plain `Trainer` up to the switch; then pruned as by hand; then by the distance by hand."""
+    model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data()
+    plain = copy.deepcopy(model)
+    before = Recorder("on_step_end", lambda state, model, **_: weights(model))
+    inside = Recorder("on_step_begin", lambda state, model, **_: (weights(model), trainer._has_teacher))
+    flags = {**RECIPE, "distill_hidden_weight": 0.5}
+    trainer = prepare(model, data, tmp_path, sparsity_pattern="2:4", callbacks=[before, inside], **flags)
+    trainer.train()
+    half = ADMMTrainingArguments(
+        str(tmp_path), use_cpu=True, sparsity_pattern="none", max_steps=STEPS // 2, per_device_train_batch_size=8,
+        learning_rate=1e-3, report_to="none", disable_tqdm=True, save_strategy="no",
+    )  # fmt: skip
+    Trainer(plain, half, train_dataset=data).train()
+    assert_same_weights(plain, before.seen[STEPS // 2 - 1])
+    assert [has for _, has in inside.seen] == [False] * (STEPS // 2) + [True] * (STEPS // 2)
+    assert trainer.audit.ok and trainer.sparsity.finished and trainer._teacher is None
+    pruned = copy.deepcopy(plain)
+    prune_one_shot(pruned, trainer_batches(data), "2:4")
+    at_switch = inside.seen[STEPS // 2][0]
+    for name in trainer.sparsity.weights.targets:
+        assert torch.equal(at_switch[name], pruned.get_parameter(name)), name
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["distill/hidden" in log for log in logs] == [False] * (STEPS // 2) + [True] * (STEPS // 2)
+    batch = next(iter(trainer.get_train_dataloader()))
+    assert batch.keys() >= {"input_ids", "attention_mask"}
+    # Of the batch of the first step of phase 2, whichever it is, the distance is that of the pruned model.
+    distances = []
+    for rows in trainer_batches(data):
+        ours, theirs = (each.eval()(**rows, output_hidden_states=True).hidden_states for each in (pruned, plain))
+        distances.append(hidden_distance(ours, theirs, rows["attention_mask"]).item())
+    first = logs[STEPS // 2]["distill/hidden"]
+    assert min(distances) * 0.5 < first < max(distances) * 2
+    assert logs[STEPS // 2]["distill/loss"] == pytest.approx(0.5 * first, rel=1e-5)
+
+
+def trainer_batches(data):
+    from transformers import default_data_collator
+
+    return [default_data_collator(data[start : start + 8]) for start in range(0, len(data), 8)]
+
+
+@pytest.mark.parametrize("flags", [RECIPE, {"distill_teacher": "switch"}], ids=["recipe", "two phases"])
+def test_a_resume_from_before_at_and_after_the_switch(flags, tiny_bert, token_data, tmp_path):
+    """To the same bits, with dropout, whatever model is given."""
+    data = token_data()
+    straight = train(tiny_bert(), data, tmp_path / "run", **flags, **SAVES)
+    found = {path.name for path in (tmp_path / "run").iterdir()}
+    assert TEACHER_WEIGHTS in found
+    records = {step: tmp_path / "run" / f"checkpoint-{step}" / TEACHER_RECORD for step in (3, 6, 9, 12)}
+    assert [record.is_file() for record in records.values()] == [False, False, True, True]
+    assert json.loads(records[9].read_text())["teacher"] == "switch"
+    for step in (3, 6, 9):
+        resumed = prepare(tiny_bert(seed=7), data, tmp_path / "run", **flags, **SAVES)
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / f"checkpoint-{step}"))
+        assert_same_weights(resumed.model, weights(straight.model))
+        logs = [[(log["loss"], log.get("distill/loss")) for log in each.state.log_history if "loss" in log]
+                for each in (straight, resumed)]  # fmt: skip
+        assert logs[0] == logs[1] and len(logs[0]) == STEPS
+
+
+def test_a_checkpoint_that_lacks_it(tiny_bert, token_data, tmp_path):
+    flags = {"distill_teacher": "switch", **SAVES}
+    train(tiny_bert(), token_data(), tmp_path / "without", **flags | {"distill_teacher": None})
+    trainer = prepare(tiny_bert(), token_data(), tmp_path / "new", **flags)
+    with pytest.raises(ValueError, match="is the dense model that phase 1 ended with, and the checkpoint was"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-9"))
+    trainer = prepare(tiny_bert(), token_data(), tmp_path / "new", **flags)
+    trainer.train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-3"))
+    assert trainer.audit.ok
+    (tmp_path / "new" / TEACHER_WEIGHTS).unlink()
+    trainer = prepare(tiny_bert(), token_data(), tmp_path / "new", **flags)
+    with pytest.raises(ValueError, match="is the dense model as it was at the switch, .* is missing beside it"):
+        trainer.train(resume_from_checkpoint=str(tmp_path / "new" / "checkpoint-9"))
+
+
+def test_a_second_training_has_its_own_teacher(tiny_bert, token_data, tmp_path):
+    trainer = train(tiny_bert(), token_data(), tmp_path, **RECIPE)
+    seen = Recorder("on_step_begin", lambda state, model, **_: trainer._has_teacher)
+    trainer.add_callback(seen)
+    trainer.train()
+    assert seen.seen == [False] * (STEPS // 2) + [True] * (STEPS // 2) and trainer.audit.ok
+
+
+def test_without_a_phase_1_it_is_the_model_of_the_start(tiny_bert, token_data, tmp_path):
+    flags = {"admm_steps": 0, "num_calibration_samples": 16, "distill_hidden_weight": 0.5}
+    found = [
+        weights(train(tiny_bert(), token_data(), tmp_path, distill_teacher=who, admm_rho=None, **flags).model)
+        for who in ("switch", "self")
+    ]
+    for name, weight in found[0].items():
+        assert torch.equal(weight, found[1][name]), name
