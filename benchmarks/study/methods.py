@@ -131,6 +131,14 @@ _ALL = (
         taught=True,
     ),
     Method(
+        "self_taught",
+        "taught by its phase 1",
+        "`distill_teacher='switch'`: half of the run trains the dense model, which is then pruned by layer-wise ADMM and "
+        "teaches the rest; no steps on top",
+        {"distill_teacher": "switch"},
+        stage=1,
+    ),
+    Method(
         "rho0",
         "rho 0, SR-STE",
         "the schedule of ADMM, SR-STE, phase 1 without ADMM",

@@ -29,6 +29,7 @@ from hf_admm.finetuning.evaluation import evaluate_saved
 from hf_admm.finetuning.tasks import TextTask
 from hf_admm.finetuning.text_classification import FineTuning
 from hf_admm.pruning.defaults import CALIBRATION_SAMPLES
+from hf_admm.training.distillation_arguments import OWN
 
 
 # What a dense run takes from the flags of sparse training is its learning rates alone; they are compared step by step.
@@ -49,7 +50,7 @@ def recorded_flags(args: ADMMTrainingArguments, kind: str = "ours") -> dict:
     method of that kind.
     """
     # A teacher's folder says nothing of the outcome, nor whether there is a report of it.
-    unsaid = ("distill_teacher", "sparsity_report")
+    unsaid = ("sparsity_report",) if args.distill_teacher in OWN else ("distill_teacher", "sparsity_report")
     return {name: getattr(args, name) for name in _FLAGS if name not in unsaid} | {
         "admm_steps": args.phase_1_length,
         "srste_mask": args.mask_mode,
