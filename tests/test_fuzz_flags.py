@@ -42,7 +42,7 @@ GOOD = {
     "admm_state_offload": st.booleans(),
     "mask_update_steps": st.none() | st.integers(1, 100),
     "mask_freeze_steps": st.floats(0, 1) | st.integers(0, 40),
-    "distill_teacher": st.none() | st.just("self"),
+    "distill_teacher": st.none() | st.sampled_from(["self", "switch"]),
     "distill_logits_weight": st.floats(0, 1),
     "distill_hidden_weight": st.none() | st.floats(1e-3, 100),
     "distill_temperature": st.floats(0.1, 20),
@@ -112,7 +112,8 @@ def assert_sensible(args, max_steps):
     assert sum(plan.segments) == max_steps and all(plan.segments)
     assert args.mask_mode == "dynamic" or plan.freeze_step == plan.admm_steps
     assert args.calibration_samples == 0 or args.is_sparse and args.calibration_samples > 0
-    assert args.calibration_samples == 0 or args.admm_steps is not None or plan.admm_steps == 0
+    phase_1 = args.admm_steps is not None or args.learns_from_switch
+    assert args.calibration_samples == 0 or phase_1 or plan.admm_steps == 0
     settings = args.phase_settings(max_steps)
     assert settings.update_steps >= 1 and (settings.decay is None or settings.decay >= 0)
     shares = [plan.shrinkage(args.rho, step) for step in range(max(1, plan.admm_steps))]

@@ -133,8 +133,8 @@ _ALL = (
     Method(
         "self_taught",
         "taught by its phase 1",
-        "`distill_teacher='switch'`: half of the run trains the dense model, which is then pruned by layer-wise ADMM and "
-        "teaches the rest; no steps on top",
+        "`distill_teacher='switch'`: half of the run trains the dense model, which is pruned by layer-wise ADMM then, "
+        "and teaches the rest; no steps on top",
         {"distill_teacher": "switch"},
         stage=1,
     ),

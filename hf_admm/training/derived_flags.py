@@ -44,7 +44,7 @@ class DerivedFlags:
 
     @property
     def rho(self) -> float:
-        """`admm_rho`, or what is taken for it: no pull where a teacher is trained, that is pruned by its data then."""
+        """`admm_rho`, or what is taken for it: no pull where a teacher is trained, which is to be dense."""
         if self.admm_rho is not None:
             return self.admm_rho
         return 0.0 if self._trains_teacher else self.defaults.rho
@@ -69,7 +69,8 @@ class DerivedFlags:
 
     @property
     def _trains_teacher(self) -> bool:
-        return self.learns_from_switch and self.admm_penalty is None and self.calibration_samples > 0
+        of_pull = (self.admm_penalty, self.admm_rho, self.admm_update_steps)
+        return self.learns_from_switch and all(flag is None for flag in of_pull)
 
     @property
     def lr_multiplier(self) -> float:

@@ -32,8 +32,10 @@ def test_what_is_taken_for_the_other_flags(tmp_path):
     longer = arguments(tmp_path, admm_steps=0.7, admm_lr_scheduler_type="constant")
     assert (longer.phase_1_length, longer.calibration_samples) == (0.7, 1024)
     assert (longer.rho, longer.phase_schedulers[0]) == (0.0, "constant")
+    cut = arguments(tmp_path, num_calibration_samples=0)
+    assert (cut.phase_1_length, cut.rho, cut.mask_mode, cut.lr_multiplier) == (0.5, 0.0, "dynamic", 2.0)
     # A flag of the penalty asks for two phases as they are without a teacher.
-    for flags in ({"admm_penalty": "distance"}, {"num_calibration_samples": 0}, {"admm_rho": 0.1}):
+    for flags in ({"admm_penalty": "distance"}, {"admm_update_steps": 4}, {"admm_rho": 0.1}):
         pulled, without = arguments(tmp_path, **flags), arguments(tmp_path, **flags, distill_teacher=None)
         assert pulled.calibration_samples == 0 and pulled.rho == without.rho > 0
         assert pulled.phase_1_length == (without.phase_1_length or 0.6) and pulled.mask_mode == "dynamic"

@@ -37,7 +37,7 @@ def save(model, folder):
 def test_bad_flags_are_named_all_at_once(tmp_path):
     flags = {"distill_teacher": 3, "distill_logits_weight": 1.5, "distill_hidden_weight": -1, "distill_temperature": 0}
     with pytest.raises(
-        ValueError, match="distill_teacher=3 is not allowed: give a folder, a hub id or 'self'"
+        ValueError, match="distill_teacher=3 is not allowed: give a folder, a hub id, 'self' or 'switch'"
     ) as error:
         ADMMTrainingArguments(str(tmp_path), use_cpu=True, **flags)
     for part in ("logits_weight=1.5 is not allowed: give a number from 0 to 1",
