@@ -109,7 +109,7 @@ def test_damaged_files(tiny_bert, token_data, tmp_path):
     whole = file.read_bytes()
     flipped = bytearray(whole)
     flipped[-1] ^= 1
-    for content, message in ((whole[:50], "is not the start of this model"), (flipped, "has other weights")):
+    for content, message in ((whole[:50], "is not a state of this model"), (flipped, "has other weights")):
         file.write_bytes(content)
         with pytest.raises(ValueError, match=message):
             run(tiny_bert(), token_data(), tmp_path, start, distill_teacher="self")
