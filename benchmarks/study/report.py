@@ -243,9 +243,9 @@ def _convergence(study: Study, pattern: str) -> list[str]:
     if not rows:
         return []
     return [
-        "Phase 1, means over seeds. *Cut* is ‖W − Π(W)‖ / ‖W‖, what the switch takes away. *Flips* are the masks' at "
-        "an update of the last third, mean and most. *Before the switch* is the metric of the projected model right "
-        "before it, as a share of the final one.",
+        "Phase 1, means over seeds. *Cut* is ‖W − Π(W)‖ / ‖W‖, what the switch takes away unless it prunes by "
+        "the data. *Flips* are the masks' at an update of the last third, mean and most. *Before the switch* is the "
+        "metric of the projected model right before it, as a share of the final one.",
         "",
         "| | task | cut at start | cut at switch | primal residual | flips | most | before the switch |",
         f"| --- |{' --- |' * 7}",
