@@ -207,9 +207,18 @@ def test_every_method_leaves_a_line(method, place):
     assert line["value"] == line["metrics"]["accuracy"] and 0 <= line["value"] <= 1
     dense = METHODS[method].dense
     assert line["broken_groups"] == 0 and line["sparsity"] == (0 if dense else pytest.approx(0.5, abs=0.01))
-    assert (line["phase_1"] is not None) == (
-        method in ("ours", "two_phases", "ours_teacher", "two_phases_teacher", "rho0", "admm_fixed", "asp")
-    )
+    with_phase_1 = {
+        "ours",
+        "two_phases",
+        "ours_teacher",
+        "two_phases_teacher",
+        "self_taught",
+        "rho0",
+        "admm_fixed",
+        "asp",
+    }
+    assert (line["phase_1"] is not None) == (method in with_phase_1)
+    assert line["arguments"].get("distill_teacher") == ("switch" if method == "self_taught" else None)
     if method == "ours":
         assert {name for name, figure in line["phase_1"].items() if figure is None} <= {"share_of_final"}
     assert line["machine"]["threads"] == 1 and line["versions"]["torch"] and line["seconds"] > 0
