@@ -163,6 +163,11 @@ def _validate_distillation(args) -> None:
             f"distill_teacher='switch' is the model that phase 1 ends with, and with sparsity_pattern="
             f"{_shown(args.sparsity_pattern)} there are no phases: give another teacher, or a pattern such as '2:4'"
         )
+    elif args.learns_from_switch and args.admm_steps == 0:
+        faults.append(
+            "distill_teacher='switch' is the model that phase 1 ends with, and with admm_steps=0 there is none: leave "
+            "admm_steps away, or set distill_teacher='self'"
+        )
     for name, (least, most, allowed) in _DISTILLATION.items():
         value = getattr(args, name)
         if value is None and name == "distill_hidden_weight":

@@ -33,7 +33,7 @@ def run(folder: str, teacher: str, batch_size: int, kind: str) -> None:
     if kind == "switch":
         # Pruning changes much, and the model's own loss of phase 1 is that of one process.
         model, data = build(0, initializer_range=0.5), rows(uneven=False)
-        teacher, phase = "switch", {"admm_rho": 0.0}
+        teacher, phase = "switch", {"num_calibration_samples": 0}
     args = ADMMTrainingArguments(
         folder, max_steps=6, per_device_train_batch_size=batch_size, learning_rate=0.05, optim="sgd", admm_steps=3,
         logging_steps=1, report_to="none", disable_tqdm=True, use_cpu=True, save_strategy="no",

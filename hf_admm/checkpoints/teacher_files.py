@@ -26,6 +26,7 @@ logger = get_logger(__name__)
 
 TEACHER_RECORD = "distill_teacher.json"
 TEACHER_WEIGHTS = "_distill_teacher.safetensors"
+SWITCH_WEIGHTS = "_distill_teacher_switch.safetensors"
 _VERSION = 1
 
 
@@ -43,7 +44,8 @@ class TeacherCheckpointsMixin(DistillationMixin):
         super()._prepare_teacher()
 
     def _take_teacher(self) -> None:
-        self._teacher_sum, self._teacher_places = None, set()
+        if self.args.learns_from_switch:
+            self._teacher_sum, self._teacher_places = None, set()
         super()._take_teacher()
 
     def _save_optimizer_and_scheduler(self, *args, **kwargs) -> None:
@@ -67,13 +69,17 @@ class TeacherCheckpointsMixin(DistillationMixin):
         record = {"format_version": _VERSION, "teacher": self.args.distill_teacher, "crc32": self._checksum()}
         (folder / TEACHER_RECORD).write_text(json.dumps(record), encoding="utf-8")
 
+    @property
+    def _teacher_weights(self) -> str:
+        return SWITCH_WEIGHTS if self.args.learns_from_switch else TEACHER_WEIGHTS
+
     def _save_self(self, run_dir: Path) -> None:
-        temporary = run_dir / STAGING_NAME / TEACHER_WEIGHTS
+        temporary = run_dir / STAGING_NAME / self._teacher_weights
         temporary.parent.mkdir(parents=True, exist_ok=True)
         try:
             save_model(self._teacher, str(temporary), metadata={"format": "pt"})
             sync(temporary)
-            os.replace(temporary, run_dir / TEACHER_WEIGHTS)
+            os.replace(temporary, run_dir / self._teacher_weights)
             sync(run_dir)
         finally:
             temporary.unlink(missing_ok=True)
@@ -100,6 +106,11 @@ class TeacherCheckpointsMixin(DistillationMixin):
             return
         if self.args.learns_from_switch and record is None:
             return  # it is still to come
+        if self.args.learns_from_switch and record["teacher"] != teacher:
+            raise ValueError(
+                f"distill_teacher={teacher!r} is not the teacher of {checkpoint}, {record['teacher']!r}. Give that "
+                f"one, or start a new run; to change the teacher in phase 1 all the same, delete {TEACHER_RECORD} there."
+            )
         if teacher in OWN:
             self._load_self(checkpoint)
         if record is None:
@@ -108,28 +119,31 @@ class TeacherCheckpointsMixin(DistillationMixin):
                 "leave distill_teacher away."
             )
         elif record["crc32"] != self._checksum():
+            remedy = "Resume from phase 1, or start a new run."
+            if not self.args.learns_from_switch:
+                remedy = "Give that one, or start a new run; to change the teacher all the same, delete "
+                remedy += f"{TEACHER_RECORD} there."
             raise ValueError(
                 f"distill_teacher={teacher!r} has other weights than the teacher of {checkpoint}, "
-                f"{record['teacher']!r}. Give that one, or start a new run; to change the teacher all the same, "
-                f"delete {TEACHER_RECORD} there."
+                f"{record['teacher']!r}. {remedy}"
             )
 
     def _load_self(self, checkpoint: Path) -> None:
         places = (checkpoint.parent, Path(self.args.output_dir))
-        place = next((place for place in places if (place / TEACHER_WEIGHTS).is_file()), None)
+        place = next((place for place in places if (place / self._teacher_weights).is_file()), None)
         if place is None:
             given = self.args.distill_teacher
             moment = "when training started" if given == SELF else "at the switch"
             raise ValueError(
                 f"distill_teacher={given!r} is the dense model as it was {moment}, and {checkpoint} has it "
-                f"no longer: {TEACHER_WEIGHTS} is missing beside it. Copy it there, or give the folder of that model "
-                "as distill_teacher."
+                f"no longer: {self._teacher_weights} is missing beside it. Copy it there, or give the folder of that "
+                "model as distill_teacher."
             )
         try:
-            load_model(self._teacher, str(place / TEACHER_WEIGHTS))
+            load_model(self._teacher, str(place / self._teacher_weights))
         except (SafetensorError, OSError, RuntimeError) as error:
             raise ValueError(
-                f"{place / TEACHER_WEIGHTS} is not a state of this model ({error}). Copy it again, or give the "
+                f"{place / self._teacher_weights} is not a state of this model ({error}). Copy it again, or give the "
                 "folder of that model as distill_teacher."
             ) from error
         self._teacher_sum, self._teacher_taken = None, True

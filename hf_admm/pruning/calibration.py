@@ -111,7 +111,7 @@ def prune_in_blocks(
             Whether a weight that is no linear layer's that the batches reach is left as it is.
         enough (`int`, *optional*):
             How many tokens per input suffice a layer. As many of the batches are taken, lying evenly, as give every
-            layer that they reach so many. By default, all are.
+            layer that they reach about so many. By default, all are.
 
     Returns:
         `dict[str, float]`: For each weight that was pruned, how much of its layer's output was changed.

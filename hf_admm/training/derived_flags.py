@@ -69,7 +69,7 @@ class DerivedFlags:
 
     @property
     def _trains_teacher(self) -> bool:
-        of_pull = (self.admm_penalty, self.admm_rho, self.admm_update_steps)
+        of_pull = (self.admm_penalty, self.admm_rho or None, self.admm_update_steps)
         return self.learns_from_switch and all(flag is None for flag in of_pull)
 
     @property
@@ -91,10 +91,9 @@ class DerivedFlags:
             return 0
         if self.num_calibration_samples is not None:
             return self.num_calibration_samples
-        of_phase_1 = (self.admm_penalty, self.admm_rho, self.admm_update_steps)
-        if not self.learns_from_switch:  # which has a phase 1 in any case
-            of_phase_1 += (self.admm_steps, self.admm_lr_scheduler_type)
-        if self.can_not_calibrate or any(flag is not None for flag in of_phase_1):
+        of_phase_1 = (self.admm_steps, self.admm_penalty, self.admm_rho, self.admm_update_steps)
+        asked = any(flag is not None for flag in (*of_phase_1, self.admm_lr_scheduler_type))
+        if self.can_not_calibrate or (not self._trains_teacher if self.learns_from_switch else asked):
             return 0
         return CALIBRATION_SAMPLES
 

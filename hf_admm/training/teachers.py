@@ -10,6 +10,7 @@ from transformers import PreTrainedModel
 
 from hf_admm.console import get_logger
 from hf_admm.pruning.shards import DTensor
+from hf_admm.sparsity.matrices import clean_name
 from hf_admm.training.distillation_arguments import OWN
 from hf_admm.training.traceless import same_randomness
 
@@ -58,7 +59,7 @@ def become(teacher: nn.Module, student: nn.Module) -> None:
     """
     theirs = dict(teacher.named_parameters()) | dict(teacher.named_buffers())
     for name, tensor in [*student.named_parameters(), *student.named_buffers()]:
-        theirs[name].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
+        theirs[clean_name(name)].copy_(tensor.full_tensor() if isinstance(tensor, DTensor) else tensor)
 
 
 def _load(student: nn.Module, args) -> PreTrainedModel:

@@ -247,7 +247,7 @@ class DistillationMixin:
         super()._maybe_log_save_evaluate(*args, **kwargs)
 
     def log(self, logs: dict[str, float], *args, **kwargs) -> None:
-        if "loss" in logs and self._teacher is not None:
+        if "loss" in logs and self._has_teacher:
             logs |= self._distance_figures
         super().log(logs, *args, **kwargs)
 

@@ -5,11 +5,13 @@ import json
 
 import pytest
 import torch
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from transformers import Trainer
 
-from hf_admm import ADMMTrainingArguments, prune_one_shot
-from hf_admm.checkpoints.teacher_files import TEACHER_RECORD, TEACHER_WEIGHTS
+from hf_admm import ADMMTrainer, ADMMTrainingArguments, prune_one_shot
+from hf_admm.checkpoints.teacher_files import SWITCH_WEIGHTS, TEACHER_RECORD
 from hf_admm.training.distillation import hidden_distance
+from hf_admm.training.teachers import become
 from tiny_models import NO_DROPOUT
 from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
 
@@ -32,6 +34,7 @@ def test_what_is_taken_for_the_other_flags(tmp_path):
     longer = arguments(tmp_path, admm_steps=0.7, admm_lr_scheduler_type="constant")
     assert (longer.phase_1_length, longer.calibration_samples) == (0.7, 1024)
     assert (longer.rho, longer.phase_schedulers[0]) == (0.0, "constant")
+    assert arguments(tmp_path, admm_rho=0).calibration_samples == 1024
     cut = arguments(tmp_path, num_calibration_samples=0)
     assert (cut.phase_1_length, cut.rho, cut.mask_mode, cut.lr_multiplier) == (0.5, 0.0, "dynamic", 2.0)
     # A flag of the penalty asks for two phases as they are without a teacher.
@@ -54,7 +57,12 @@ def test_phase_1_is_plain_training_and_its_model_teaches_phase_2(tiny_bert, toke
     model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data()
     plain = copy.deepcopy(model)
     before = Recorder("on_step_end", lambda state, model, **_: weights(model))
-    inside = Recorder("on_step_begin", lambda state, model, **_: (weights(model), trainer._has_teacher))
+    inside = Recorder(
+        "on_step_begin",
+        lambda state, model, **_: (
+            weights(model), trainer._has_teacher, copy.deepcopy(trainer._teacher.state_dict()),
+        ),
+    )  # fmt: skip
     flags = {**RECIPE, "distill_hidden_weight": 0.5}
     trainer = prepare(model, data, tmp_path, sparsity_pattern="2:4", callbacks=[before, inside], **flags)
     trainer.train()
@@ -64,7 +72,7 @@ def test_phase_1_is_plain_training_and_its_model_teaches_phase_2(tiny_bert, toke
     )  # fmt: skip
     Trainer(plain, half, train_dataset=data).train()
     assert_same_weights(plain, before.seen[STEPS // 2 - 1])
-    assert [has for _, has in inside.seen] == [False] * (STEPS // 2) + [True] * (STEPS // 2)
+    assert [has for _, has, _ in inside.seen] == [False] * (STEPS // 2) + [True] * (STEPS // 2)
     assert trainer.audit.ok and trainer.sparsity.finished and trainer._teacher is None
     pruned = copy.deepcopy(plain)
     prune_one_shot(pruned, trainer_batches(data), "2:4")
@@ -73,8 +81,8 @@ def test_phase_1_is_plain_training_and_its_model_teaches_phase_2(tiny_bert, toke
         assert torch.equal(at_switch[name], pruned.get_parameter(name)), name
     logs = [log for log in trainer.state.log_history if "loss" in log]
     assert ["distill/hidden" in log for log in logs] == [False] * (STEPS // 2) + [True] * (STEPS // 2)
-    batch = next(iter(trainer.get_train_dataloader()))
-    assert batch.keys() >= {"input_ids", "attention_mask"}
+    for name, tensor in inside.seen[-1][2].items():
+        assert torch.equal(tensor, plain.state_dict()[name]), name
     # Of the batch of the first step of phase 2, whichever it is, the distance is that of the pruned model.
     distances = []
     for rows in trainer_batches(data):
@@ -97,7 +105,7 @@ def test_a_resume_from_before_at_and_after_the_switch(flags, tiny_bert, token_da
     data = token_data()
     straight = train(tiny_bert(), data, tmp_path / "run", **flags, **SAVES)
     found = {path.name for path in (tmp_path / "run").iterdir()}
-    assert TEACHER_WEIGHTS in found
+    assert SWITCH_WEIGHTS in found
     records = {step: tmp_path / "run" / f"checkpoint-{step}" / TEACHER_RECORD for step in (3, 6, 9, 12)}
     assert [record.is_file() for record in records.values()] == [False, False, True, True]
     assert json.loads(records[9].read_text())["teacher"] == "switch"
@@ -119,7 +127,7 @@ def test_a_checkpoint_that_lacks_it(tiny_bert, token_data, tmp_path):
     trainer = prepare(tiny_bert(), token_data(), tmp_path / "new", **flags)
     trainer.train(resume_from_checkpoint=str(tmp_path / "without" / "checkpoint-3"))
     assert trainer.audit.ok
-    (tmp_path / "new" / TEACHER_WEIGHTS).unlink()
+    (tmp_path / "new" / SWITCH_WEIGHTS).unlink()
     trainer = prepare(tiny_bert(), token_data(), tmp_path / "new", **flags)
     with pytest.raises(ValueError, match="is the dense model as it was at the switch, .* is missing beside it"):
         trainer.train(resume_from_checkpoint=str(tmp_path / "new" / "checkpoint-9"))
@@ -133,11 +141,38 @@ def test_a_second_training_has_its_own_teacher(tiny_bert, token_data, tmp_path):
     assert seen.seen == [False] * (STEPS // 2) + [True] * (STEPS // 2) and trainer.audit.ok
 
 
-def test_without_a_phase_1_it_is_the_model_of_the_start(tiny_bert, token_data, tmp_path):
-    flags = {"admm_steps": 0, "num_calibration_samples": 16, "distill_hidden_weight": 0.5}
-    found = [
-        weights(train(tiny_bert(), token_data(), tmp_path, distill_teacher=who, admm_rho=None, **flags).model)
-        for who in ("switch", "self")
-    ]
-    for name, weight in found[0].items():
-        assert torch.equal(weight, found[1][name]), name
+def test_without_a_phase_1_there_is_none(tmp_path):
+    with pytest.raises(ValueError, match="with admm_steps=0 there is none: leave admm_steps away, or set .*'self'"):
+        arguments(tmp_path, admm_steps=0)
+
+
+def test_another_teacher_than_before_is_refused(tiny_bert, token_data, tmp_path):
+    """Of a run's own models too, whose files lie in one folder."""
+    flags, data = {"num_calibration_samples": 0, "admm_rho": None, **SAVES}, token_data()
+    for who, other, reason in (
+        ("self", "switch", "'switch' is not the teacher of .*checkpoint-9, 'self'"),
+        ("switch", "self", "is missing beside it"),
+    ):
+        train(tiny_bert(), data, tmp_path / who, distill_teacher=who, **flags)
+        trainer = prepare(tiny_bert(), data, tmp_path / who, distill_teacher=other, **flags)
+        with pytest.raises(ValueError, match=reason):
+            trainer.train(resume_from_checkpoint=str(tmp_path / who / "checkpoint-9"))
+
+
+def test_a_teacher_takes_the_weights_of_a_wrapped_student(tiny_bert):
+    """As activation checkpointing under FSDP2 wraps its layers."""
+    student, teacher = tiny_bert(seed=1), tiny_bert(seed=2)
+    layers = student.bert.encoder.layer
+    for number, layer in enumerate(layers):
+        layers[number] = checkpoint_wrapper(layer)
+    assert any("_checkpoint_wrapped_module" in name for name, _ in student.named_parameters())
+    become(teacher, student)
+    assert_same_weights(teacher, weights(tiny_bert(seed=1)))
+
+
+def test_the_start_is_written_once(tiny_bert, token_data, tmp_path, monkeypatch):
+    """The switch is no reason to write it anew."""
+    written, inner = [], ADMMTrainer._save_self
+    monkeypatch.setattr(ADMMTrainer, "_save_self", lambda self, place: (written.append(place), inner(self, place)))
+    train(tiny_bert(), token_data(), tmp_path, distill_teacher="self", **SAVES)
+    assert len(written) == 1
