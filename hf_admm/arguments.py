@@ -91,8 +91,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
             Peak learning rate of phase 2, as a multiple of the optimizer's (`learning_rate`, or that of an optimizer
             of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense
             network. `None` takes 2 after `"distance"`, 1 after the others; with `num_calibration_samples`, without a
-            phase 1 or with `distill_teacher="switch"`, 1 where the pattern keeps half or more, else 2. An absolute floor (`min_lr`,
-            `lr_end`) is not multiplied.
+            phase 1 or with `distill_teacher="switch"`, 1 where the pattern keeps half or more, else 2. An absolute
+            floor (`min_lr`, `lr_end`) is not multiplied.
         mask_update_steps (`int`, *optional*):
             Optimizer steps between two updates of the mask. `None` takes 1, but as many as in phase 1 where pruned
             weights shrink on, as few come back then; they shrink at the update, for all the steps since the last.

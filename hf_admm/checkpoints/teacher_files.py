@@ -109,7 +109,8 @@ class TeacherCheckpointsMixin(DistillationMixin):
         if self.args.learns_from_switch and record["teacher"] != teacher:
             raise ValueError(
                 f"distill_teacher={teacher!r} is not the teacher of {checkpoint}, {record['teacher']!r}. Give that "
-                f"one, or start a new run; to change the teacher in phase 1 all the same, delete {TEACHER_RECORD} there."
+                f"one, or start a new run; to change the teacher in phase 1 all the same, delete {TEACHER_RECORD} "
+                "there."
             )
         if teacher in OWN:
             self._load_self(checkpoint)
