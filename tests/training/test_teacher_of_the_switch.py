@@ -141,6 +141,15 @@ def test_a_second_training_has_its_own_teacher(tiny_bert, token_data, tmp_path):
     assert seen.seen == [False] * (STEPS // 2) + [True] * (STEPS // 2) and trainer.audit.ok
 
 
+def test_figures_of_an_attempt_that_ran_out_of_memory_are_not_logged_in_phase_1(tiny_bert, token_data, tmp_path):
+    """As `auto_find_batch_size` leaves them when it begins anew."""
+    stale = Recorder("on_train_begin", lambda state, **_: trainer._distance_figures.update({"distill/loss": 9.0}))
+    trainer = prepare(tiny_bert(), token_data(), tmp_path, callbacks=[stale], **RECIPE)
+    trainer.train()
+    logs = [log for log in trainer.state.log_history if "loss" in log]
+    assert ["distill/loss" in log for log in logs] == [False] * (STEPS // 2) + [True] * (STEPS // 2)
+
+
 def test_without_a_phase_1_there_is_none(tmp_path):
     with pytest.raises(ValueError, match="with admm_steps=0 there is none: leave admm_steps away, or set .*'self'"):
         arguments(tmp_path, admm_steps=0)
