@@ -154,11 +154,16 @@ class DerivedFlags:
         The steps of a run of `max_steps` optimizer steps, by phase.
 
         Raises:
-            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
+            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run, or leaves a teacher nothing to teach.
         """
         if self.is_own:
             return PhasePlan(max_steps, 0, 0)
         admm_steps = to_steps("admm_steps", self.phase_1_length, max_steps)
+        if self.learns_from_switch and 0 < admm_steps == max_steps:
+            raise ValueError(
+                f"distill_teacher='switch' teaches phase 2, and with admm_steps={self.phase_1_length:g} all of the "
+                f"run's {max_steps} optimizer steps are phase 1. Give fewer admm_steps, or a longer run."
+            )
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
         freeze_step = admm_steps if self.mask_mode == "fixed" else max_steps - frozen
         start = pull_start(self.pattern) if self.is_sparse else 0.0

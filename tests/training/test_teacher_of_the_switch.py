@@ -155,6 +155,12 @@ def test_without_a_phase_1_there_is_none(tmp_path):
         arguments(tmp_path, admm_steps=0)
 
 
+@pytest.mark.parametrize("steps", [STEPS, 0.99])
+def test_without_a_phase_2_it_has_nothing_to_teach(steps, tiny_bert, token_data, tmp_path):
+    with pytest.raises(ValueError, match=f"with admm_steps={steps} all of the run's {STEPS} optimizer steps .*longer"):
+        train(tiny_bert(), token_data(), tmp_path, **RECIPE | {"admm_steps": steps})
+
+
 def test_another_teacher_than_before_is_refused(tiny_bert, token_data, tmp_path):
     """Of a run's own models too, whose files lie in one folder."""
     flags, data = {"num_calibration_samples": 0, "admm_rho": None, **SAVES}, token_data()
