@@ -154,7 +154,7 @@ class DerivedFlags:
         The steps of a run of `max_steps` optimizer steps, by phase.
 
         Raises:
-            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run, or leaves a teacher nothing to teach.
+            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run, or leaves no phase 2 to a teacher.
         """
         if self.is_own:
             return PhasePlan(max_steps, 0, 0)
