@@ -51,6 +51,12 @@ class PhaseCallback(TrainerCallback):
         self.state.reset(model, args.pattern, selection)
         self.state.use_optimizer(optimizer)
         self.state.at_switch = self.at_switch
+        if args.trains_dense and not args.learns_from_switch and self.state.weights.obey():
+            logger.warning(
+                f"The model obeys {args.pattern} already, and by default phase 1 trains it dense: its zeros do not "
+                "stay, others come at the switch. To keep them, set sparsity_pattern='own', or admm_steps=0 with "
+                f"num_calibration_samples={args.calibration_samples}."
+            )
         self.state.begin(settings)
 
     def on_step_begin(self, args, state, control, **kwargs):

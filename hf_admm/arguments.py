@@ -41,7 +41,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
 
         admm_steps (`float`, *optional*):
             Length of phase 1: a share of the run if below 1, else optimizer steps. `None` takes 0 with
-            `num_calibration_samples`, else 0.6; 0.5 with `distill_teacher="switch"`, whose model it trains.
+            `num_calibration_samples`, else 0.6. It takes 0.5, for dense training, with `distill_teacher="switch"`,
+            whose model that is, and with `num_calibration_samples` where the pattern keeps less than half and no flag
+            of phase 1 is given (not with an optimizer that swaps weights, as schedule-free ones do).
         admm_penalty (`str`, *optional*):
             What pulls the weights to the pattern. `"distance"`: in the last part of the phase, after each step, what
             the projection would prune shrinks by a share that adapts to its length; nothing is to be tuned. The others
@@ -53,8 +55,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
             Strength of the penalty. `None` takes the default of `admm_penalty`: 0.01 for `"loss"`, 0.003 for
             `"gradient"`, 10 for `"decoupled"`, where each step moves a weight by about `learning_rate * admm_rho` of
             its way, and 16 for `"distance"`, by which the shares of all steps add up to it: what the loss leaves alone
-            shrinks to `exp(-admm_rho)` of its size. `0` trains phase 1 without a penalty, as
-            `None` does with `distill_teacher="switch"` if no other flag of the penalty is given.
+            shrinks to `exp(-admm_rho)` of its size. `0` trains phase 1 without a penalty, as `None` does where phase 1
+            is dense training by default (see `admm_steps`).
         admm_rho_schedule (`str`, *optional*, defaults to `"constant"`):
             How rho grows to `admm_rho` over phase 1: `"constant"`, `"linear"`, `"cosine"` or `"exponential"`. Not for
             `"distance"`, which pulls in the last 0.4 of the phase (0.7 if less than half is kept).
@@ -70,7 +72,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         admm_lr_scheduler_type (`str`, *optional*):
             Schedule of the learning rate in phase 1, one of those without arguments. `None` takes `lr_scheduler_type`,
             but `"constant_with_warmup"` for `"distance"` where that is `"linear"`: so W can follow the penalty until
-            the switch. With `distill_teacher="switch"` there is none to follow, and `None` takes `lr_scheduler_type`.
+            the switch. Where phase 1 is dense training by default there is none, and `None` takes `lr_scheduler_type`.
 
         > Parameters that control phase 2, SR-STE
 
@@ -91,7 +93,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
             Peak learning rate of phase 2, as a multiple of the optimizer's (`learning_rate`, or that of an optimizer
             of your own). A pruned network often recovers faster at a higher rate than the one that suits the dense
             network. `None` takes 2 after `"distance"`, 1 after the others; with `num_calibration_samples`, without a
-            phase 1 or with `distill_teacher="switch"`, 1 where the pattern keeps half or more, else 2. An absolute
+            phase 1 or after dense training by default, 1 where the pattern keeps half or more, else 2. An absolute
             floor (`min_lr`, `lr_end`) is not multiplied.
         mask_update_steps (`int`, *optional*):
             Optimizer steps between two updates of the mask. `None` takes 1, but as many as in phase 1 where pruned
@@ -134,7 +136,7 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={
             "help": "Length of phase 1 (ADMM): a share of the run if below 1, else optimizer steps. By default 0 with "
-            "num_calibration_samples, else 0.6."
+            "num_calibration_samples (0.5, dense, where less than half is kept), else 0.6."
         },
     )
     admm_rho: float | None = field(

@@ -52,12 +52,12 @@ PENALTIES = {
 CALIBRATION_SAMPLES = 1024
 # Of them, as many as give every layer so many tokens per input: texts of thousands of tokens need few rows.
 CALIBRATION_TOKENS = 16
-# Where less than this is kept, more is to be learnt anew.
+# Where less than this is kept, a model learns a small task only before it is pruned, and at a higher rate after it.
 FEW = 0.5
 # Share of the run, where there is a phase 1.
 PHASE_1 = 0.6
-# The same, where it trains the teacher of phase 2.
-TEACHER_PHASE = 0.5
+# The same, where it trains the dense model that is pruned then, and may teach phase 2.
+DENSE_PHASE = 0.5
 # Updates of the mask in phase 1, where their interval adapts.
 UPDATES = 24
 

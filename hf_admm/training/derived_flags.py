@@ -4,10 +4,10 @@ import torch
 
 from hf_admm.pruning.defaults import (
     CALIBRATION_SAMPLES,
+    DENSE_PHASE,
     FEW,
     PENALTIES,
     PHASE_1,
-    TEACHER_PHASE,
     UPDATES,
     PenaltyDefaults,
     pull_start,
@@ -43,11 +43,16 @@ class DerivedFlags:
         return isinstance(self.pattern, OwnPattern)
 
     @property
+    def swaps_weights(self) -> bool:
+        """Whether the optimizer (`optim`) trains with other weights than those that are saved, their average."""
+        return str(getattr(self.optim, "value", self.optim)).startswith("schedule_free")
+
+    @property
     def rho(self) -> float:
-        """`admm_rho`, or what is taken for it: no pull where a teacher is trained, which is to be dense."""
+        """`admm_rho`, or what is taken for it: no pull where phase 1 is dense training."""
         if self.admm_rho is not None:
             return self.admm_rho
-        return 0.0 if self._trains_teacher else self.defaults.rho
+        return 0.0 if self.trains_dense else self.defaults.rho
 
     @property
     def penalty(self) -> str:
@@ -63,14 +68,19 @@ class DerivedFlags:
     def phase_schedulers(self) -> tuple[str | None, str | None]:
         """Schedules of the learning rate in both phases, `None` for `lr_scheduler_type`."""
         own = str(getattr(self.lr_scheduler_type, "value", self.lr_scheduler_type)) != "linear"
-        own = own or self._trains_teacher  # which is worth most at the end of a decay
+        own = own or self.trains_dense  # a dense model is worth most at the end of a decay
         first = self.admm_lr_scheduler_type or (None if own else self.defaults.lr_scheduler_type)
         return first, None
 
     @property
-    def _trains_teacher(self) -> bool:
+    def trains_dense(self) -> bool:
+        """Whether phase 1 is dense training, after which the model is pruned by its data."""
         of_pull = (self.admm_penalty, self.admm_rho or None, self.admm_update_steps)
-        return self.learns_from_switch and all(flag is None for flag in of_pull)
+        if self.learns_from_switch:
+            return all(flag is None for flag in of_pull)
+        if not self.calibration_samples or self.pattern.density >= FEW or self.swaps_weights:
+            return False
+        return all(flag is None for flag in (*of_pull, self.admm_steps, self.admm_lr_scheduler_type))
 
     @property
     def lr_multiplier(self) -> float:
@@ -79,7 +89,7 @@ class DerivedFlags:
             return 1.0
         if self.srste_lr_multiplier is not None:
             return self.srste_lr_multiplier
-        nearly_dense = self.calibration_samples and (not self.phase_1_length or self._trains_teacher)
+        nearly_dense = self.calibration_samples and (not self.phase_1_length or self.trains_dense)
         if nearly_dense and self.pattern.density >= FEW:
             return 1.0  # it trains as a dense one does
         return self.defaults.lr_multiplier
@@ -93,17 +103,17 @@ class DerivedFlags:
             return self.num_calibration_samples
         of_phase_1 = (self.admm_steps, self.admm_penalty, self.admm_rho, self.admm_update_steps)
         asked = any(flag is not None for flag in (*of_phase_1, self.admm_lr_scheduler_type))
-        if self.can_not_calibrate or (not self._trains_teacher if self.learns_from_switch else asked):
+        if self.can_not_calibrate or (not self.trains_dense if self.learns_from_switch else asked):
             return 0
         return CALIBRATION_SAMPLES
 
     @property
     def phase_1_length(self) -> float:
-        """`admm_steps`, or what is taken for it: a model that is pruned before it trains needs no phase 1."""
+        """`admm_steps`, or what is taken for it: where enough is kept, a model is pruned before it trains."""
         if self.admm_steps is not None:
             return self.admm_steps
-        if self._trains_teacher:
-            return TEACHER_PHASE
+        if self.trains_dense:
+            return DENSE_PHASE
         return 0 if self.calibration_samples else PHASE_1
 
     @property

@@ -57,7 +57,7 @@ def refuse_deepspeed(args, config: Mapping | str | None) -> None:
         args.srste_decay is None and args.mask_mode != "fixed" and not (args.phase_1_length and args.rho)
     ):
         faults.append("srste_decay joins the gradient of phase 2")
-    if str(getattr(args.optim, "value", args.optim)).startswith("schedule_free"):
+    if args.swaps_weights:
         faults.append(f"optim={args.optim} swaps weights")
     if faults:
         raise ValueError(

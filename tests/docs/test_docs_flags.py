@@ -51,15 +51,20 @@ def test_the_defaults_by_penalty_are_those_of_the_code():
     assert defaults_table() in PAGE, f"docs/flags.md should hold:\n\n{defaults_table()}"
 
 
-WAYS = {
-    "pruned [before training](one_shot.md)": {},
-    "[two phases](guide.md#two-phases-in-a-picture)": {"admm_steps": 0.6},
-}
+TWO_PHASES = "[two phases](guide.md#two-phases-in-a-picture)"
+SELF_TAUGHT = (
+    '[taught by its own first half](distillation.md#taught-by-its-own-first-half), `distill_teacher="switch"`'
+)
+WAYS = [
+    ("pruned [before training](one_shot.md), where half or more is kept", "2:4", {}),
+    ("pruned [after a dense half](one_shot.md#where-less-than-half-is-kept), where less is kept", "1:4", {}),
+    *((TWO_PHASES, pattern, {"admm_steps": 0.6}) for pattern in ("2:4", "1:4")),
+    *((SELF_TAUGHT, pattern, {"distill_teacher": "switch"}) for pattern in ("2:4", "1:4")),
+]
 
 
-@pytest.mark.parametrize("pattern", ["2:4", "1:4"])
-def test_the_defaults_by_way_are_those_of_the_code(pattern, tmp_path):
-    for way, flags in WAYS.items():
+def test_the_defaults_by_way_are_those_of_the_code(tmp_path):
+    for way, pattern, flags in WAYS:
         args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern=pattern, **flags)
         row = f"| {way} | `{args.calibration_samples}` | `{args.phase_1_length}` | `{args.mask_mode}` |"
         assert row in PAGE, f"docs/flags.md should hold:\n\n{row}"

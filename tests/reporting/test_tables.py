@@ -194,13 +194,17 @@ def test_settings_in_words_and_flags(tiny_bert, token_data, tmp_path):
 
 def test_a_run_that_is_pruned_before_it_trains(tiny_bert, token_data, tmp_path):
     trainer = prepare(
-        tiny_bert(), token_data(), tmp_path, sparsity_pattern="1:4", admm_steps=None, admm_rho=None,
-        admm_update_steps=None, logging_steps=3,
+        tiny_bert(), token_data(), tmp_path, sparsity_pattern="2:4", admm_steps=None, admm_rho=None,
+        admm_update_steps=None, logging_steps=3, srste_lr_multiplier=2,
     )  # fmt: skip
     args = trainer.args
-    assert dict(phase_words(args, STEPS)) == {
-        "training": "12 steps: pruned by layer-wise ADMM with up to 1024 rows, mask frozen, learning rate x 2"
-    }
+    pruned = "pruned by layer-wise ADMM with up to 1024 rows, mask frozen, learning rate x 2"
+    assert dict(phase_words(args, STEPS)) == {"training": f"12 steps: {pruned}"}
+    less = prepare(tiny_bert(), token_data(), tmp_path, sparsity_pattern="1:4", admm_steps=None, admm_rho=None,
+                   admm_update_steps=None).args  # fmt: skip
+    assert dict(phase_words(less, STEPS)) == {
+        "phase 1": "6 steps: no penalty (rho 0)", "phase 2": f"6 steps: {pruned}"
+    }  # fmt: skip
     flags = set_flags(args, STEPS)
     assert (flags["num_calibration_samples"], flags["srste_mask"], flags["admm_steps"]) == ("1024", "fixed", "0")
     trainer.train()
