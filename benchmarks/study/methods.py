@@ -105,7 +105,8 @@ _ALL = (
     Method(
         "ours",
         "ours",
-        "`ADMMTrainingArguments()` as it is: layer-wise ADMM before training, then a fixed mask",
+        "`ADMMTrainingArguments()` as it is: layer-wise ADMM before training, or after a dense half where less than "
+        "half is kept, then a fixed mask",
         stage=0,
     ),
     Method(

@@ -47,7 +47,7 @@ def phase_words(args, max_steps: int) -> list[tuple[str, str]]:
 
 def _first_phase(settings: PhaseSettings) -> str:
     if not settings.rho:
-        return "no penalty (rho 0)"
+        return "dense training (rho 0)"
     if settings.penalty == "distance":
         pulls = f"penalty distance from step {round(settings.plan.pull_start * settings.plan.admm_steps)}"
         return f"{pulls}, rho {settings.rho:g}, mask updated every {_steps(settings.update_steps)}"

@@ -203,7 +203,7 @@ def test_a_run_that_is_pruned_before_it_trains(tiny_bert, token_data, tmp_path):
     less = prepare(tiny_bert(), token_data(), tmp_path, sparsity_pattern="1:4", admm_steps=None, admm_rho=None,
                    admm_update_steps=None).args  # fmt: skip
     assert dict(phase_words(less, STEPS)) == {
-        "phase 1": "6 steps: no penalty (rho 0)", "phase 2": f"6 steps: {pruned}"
+        "phase 1": "6 steps: dense training (rho 0)", "phase 2": f"6 steps: {pruned}"
     }  # fmt: skip
     flags = set_flags(args, STEPS)
     assert (flags["num_calibration_samples"], flags["srste_mask"], flags["admm_steps"]) == ("1024", "fixed", "0")
