@@ -51,6 +51,12 @@ class PhaseCallback(TrainerCallback):
         self.state.reset(model, args.pattern, selection)
         self.state.use_optimizer(optimizer)
         self.state.at_switch = self.at_switch
+        if args.trains_dense and self.state.swapped:
+            logger.warning(
+                f"The model is pruned to {args.pattern} at the switch, of which the average that the optimizer keeps "
+                f"knows nothing. Set admm_steps=0 and num_calibration_samples={args.calibration_samples}, to prune it "
+                "before the first step."
+            )
         if args.trains_dense and not args.learns_from_switch and self.state.weights.obey():
             logger.warning(
                 f"The model obeys {args.pattern} already, and by default phase 1 trains it dense: its zeros do not "
@@ -85,8 +91,8 @@ class PhaseCallback(TrainerCallback):
             logger.warning(
                 f"Training ended after {state.global_step} of {state.max_steps} steps, in phase 1, which has "
                 f"{plan.admm_steps}: phase 2 never ran. The model is the projection of dense weights, and was not "
-                "trained with its zeros. Resume the last checkpoint, or train anew with fewer steps or a smaller "
-                "admm_steps, so that phase 2 comes before the end."
+                "trained with its zeros. Resume the last checkpoint, or train anew so that phase 2 comes before the "
+                "end: with fewer steps, a smaller admm_steps, or early stopping that waits for it."
             )
         self.state.finish()
 

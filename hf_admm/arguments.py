@@ -42,8 +42,9 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         admm_steps (`float`, *optional*):
             Length of phase 1: a share of the run if below 1, else optimizer steps. `None` takes 0 with
             `num_calibration_samples`, else 0.6. It takes 0.5, for dense training, with `distill_teacher="switch"`,
-            whose model that is, and with `num_calibration_samples` where the pattern keeps less than half and no flag
-            of phase 1 is given (not with an optimizer that swaps weights, as schedule-free ones do).
+            whose model that is, and with `num_calibration_samples` where the pattern keeps less than half and none of
+            `admm_penalty`, an `admm_rho` above 0 and `admm_update_steps` is given (not with an optimizer that swaps
+            weights, as schedule-free ones do). With `num_calibration_samples` and `admm_rho=0` any length is dense.
         admm_penalty (`str`, *optional*):
             What pulls the weights to the pattern. `"distance"`: in the last part of the phase, after each step, what
             the projection would prune shrinks by a share that adapts to its length; nothing is to be tuned. The others

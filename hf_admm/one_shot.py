@@ -80,8 +80,8 @@ def prune_one_shot(
     from hf_admm import ADMMTrainer, ADMMTrainingArguments, prune_one_shot
 
     batches = list(DataLoader(train, batch_size=8, collate_fn=DataCollatorWithPadding(tokenizer)))[:128]
-    print(prune_one_shot(model, batches, "1:4").table())
-    args = ADMMTrainingArguments("out", sparsity_pattern="1:4", learning_rate=1e-4)  # its zeros stay
+    print(prune_one_shot(model, batches, "2:4").table())
+    args = ADMMTrainingArguments("out", sparsity_pattern="2:4", learning_rate=1e-4)  # its zeros stay
     ADMMTrainer(model, args, train_dataset=train).train()
     ```
     """

@@ -105,7 +105,7 @@ def assert_sensible(args, max_steps):
         plan = args.phase_plan(max_steps)
     except ValueError as error:
         assert "admm_steps" in str(error) or "mask_freeze_steps" in str(error)
-        assert "is beyond the run" in str(error) or args.learns_from_switch and "are phase 1" in str(error)
+        assert "is beyond the run" in str(error) or args.learns_from_switch and "has none of the run's" in str(error)
         assert not args.is_sparse or args.max_steps != max_steps, "would have been refused at once"
         return
     assert 0 <= plan.admm_steps <= plan.freeze_step <= plan.max_steps == max_steps

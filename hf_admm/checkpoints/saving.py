@@ -282,11 +282,22 @@ class SparseCheckpointsMixin:
         # If its file is gone, Trainer warns and goes on with the last weights: `on_train_end` prunes those.
         if self.sparsity.phase.prunes and self.sparsity.weights.obey():
             self.sparsity.phase = Finished(self.sparsity.weights)
+            self._warn_of_dense_best()
         best, last = Path(self.state.best_model_checkpoint), self.last_checkpoint
         # Trainer is about to delete the others, file by file. The best may lie in the folder of another run.
         if self.args.is_sparse and self.args.should_save and self.args.save_total_limit == 1:
             if last is not None and last.parent == best.parent == Path(self._get_output_dir(self._trial)):
                 rotate(best.parent, 1, [best])
+
+    def _warn_of_dense_best(self) -> None:
+        """A dense model that is cut at once may beat by its loss what has overfitted since, and by nothing else."""
+        step, switch = self.state.best_global_step, self.args.phase_plan(self.state.max_steps).admm_steps
+        if step is not None and 0 < step <= switch and not self.args.rho:
+            logger.warning(
+                f"The best model is that of step {step}, in the dense phase, which has {switch}: the projection of "
+                "dense weights, not trained with its zeros. Judge by another metric_for_best_model than the loss, or "
+                "leave load_best_model_at_end away."
+            )
 
 
 # What surrounds the methods of Trainer that subclasses override, and may override without `super()`.

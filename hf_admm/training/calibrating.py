@@ -54,8 +54,8 @@ class CalibrationMixin:
             args.can_not_calibrate = True
             if says:
                 logger.warning(
-                    f"By default, a model is pruned by its data before it trains to {args.pattern}. This run has two "
-                    f"phases. {error}"
+                    f"By default, a model is pruned to {args.pattern} by its data. This run has two phases instead. "
+                    f"{error}"
                 )
 
     def _refuse_rows_of(self, data) -> None:

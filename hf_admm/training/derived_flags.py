@@ -57,7 +57,7 @@ class DerivedFlags:
     @property
     def penalty(self) -> str:
         """`admm_penalty`, or what is taken for it."""
-        return self.admm_penalty or ("distance" if self.admm_rho is None else "loss")
+        return self.admm_penalty or ("distance" if self.admm_rho is None or self.trains_dense else "loss")
 
     @property
     def defaults(self) -> PenaltyDefaults:
@@ -75,12 +75,15 @@ class DerivedFlags:
     @property
     def trains_dense(self) -> bool:
         """Whether phase 1 is dense training, after which the model is pruned by its data."""
-        of_pull = (self.admm_penalty, self.admm_rho or None, self.admm_update_steps)
-        if self.learns_from_switch:
-            return all(flag is None for flag in of_pull)
-        if not self.calibration_samples or self.pattern.density >= FEW or self.swaps_weights:
+        if any(flag is not None for flag in (self.admm_penalty, self.admm_rho or None, self.admm_update_steps)):
             return False
-        return all(flag is None for flag in (*of_pull, self.admm_steps, self.admm_lr_scheduler_type))
+        if self.learns_from_switch:
+            return True
+        if not self.calibration_samples:
+            return False
+        if self.admm_steps is None:
+            return self.pattern.density < FEW and not self.swaps_weights
+        return self.admm_rho == 0 and self.admm_steps > 0
 
     @property
     def lr_multiplier(self) -> float:
@@ -114,7 +117,7 @@ class DerivedFlags:
             return self.admm_steps
         if self.trains_dense:
             return DENSE_PHASE
-        return 0 if self.calibration_samples else PHASE_1
+        return 0 if self.calibration_samples and not self.learns_from_switch else PHASE_1
 
     @property
     def mask_mode(self) -> str:
@@ -137,7 +140,7 @@ class DerivedFlags:
         What the phases of a run of `max_steps` optimizer steps need to know.
 
         Raises:
-            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run.
+            `ValueError`: As [`phase_plan`] does.
         """
         plan, decay = self.phase_plan(max_steps), self.srste_decay
         if decay is None and self.mask_mode == "fixed":
@@ -169,10 +172,12 @@ class DerivedFlags:
         if self.is_own:
             return PhasePlan(max_steps, 0, 0)
         admm_steps = to_steps("admm_steps", self.phase_1_length, max_steps)
-        if self.learns_from_switch and 0 < admm_steps == max_steps:
+        if self.learns_from_switch and max_steps and admm_steps in (0, max_steps):
+            without = f"phase {2 if admm_steps else 1} has none of the run's {max_steps} optimizer steps"
             raise ValueError(
-                f"distill_teacher='switch' teaches phase 2, and with admm_steps={self.phase_1_length:g} all of the "
-                f"run's {max_steps} optimizer steps are phase 1. Give fewer admm_steps, or a longer run."
+                f"distill_teacher='switch' is the model of phase 1 and teaches phase 2, and with admm_steps="
+                f"{self.phase_1_length:g} {without}. Give {'fewer' if admm_steps else 'more'} admm_steps, or a longer "
+                "run."
             )
         frozen = to_steps("mask_freeze_steps", self.mask_freeze_steps, max_steps)
         freeze_step = admm_steps if self.mask_mode == "fixed" else max_steps - frozen

@@ -80,6 +80,12 @@ def warn_of_unused_flags(args) -> None:
             f"The learning-rate scheduler that was passed runs through both phases as it is: {', '.join(changed)} "
             "does not apply. For a schedule in each phase pass no scheduler, and set lr_scheduler_type."
         )
+    elif args.trains_dense:
+        logger.warning(
+            "The learning-rate scheduler that was passed runs through the dense phase and the sparse one as it is: if "
+            "it decays, little is left for the second. For a schedule in each pass no scheduler, and set "
+            "lr_scheduler_type."
+        )
 
 
 def _segment(args, optimizer, run: int, steps: int, peak: float, kind: str | None):
@@ -136,7 +142,8 @@ def _shares(kwargs: dict, warmup: int, begun: int, steps: int, run: int) -> dict
         raise ValueError(
             f"lr_scheduler_kwargs has {', '.join(unknown)}, which seem to count steps of the run: how they are to be "
             f"shared between the two phases is not known (it is for {', '.join(STEP_COUNTS)}). Leave them out, pass a "
-            "scheduler of your own (optimizers=), or train in one phase (admm_steps=0)."
+            "scheduler of your own (optimizers=), or train in one "
+            "phase (admm_steps=0; num_calibration_samples=1024 with it prunes by the data)."
         )
     shares, share = dict(kwargs), steps / run
     if kwargs.get("timescale") is not None:

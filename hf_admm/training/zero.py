@@ -62,8 +62,8 @@ def refuse_deepspeed(args, config: Mapping | str | None) -> None:
     if faults:
         raise ValueError(
             f"Sparse training under DeepSpeed: {'; '.join(faults)}. Supported are ZeRO of stages 1 and 2 in float32 "
-            "or bfloat16 without offloading, with admm_penalty='distance', a phase 1 or a fixed mask, and srste_decay "
-            "left away. Change that, train with DDP or FSDP2, or set sparsity_pattern='none'."
+            "or bfloat16 without offloading, with admm_penalty='distance', a phase 1 with it or a fixed mask, and "
+            "srste_decay left away. Change that, train with DDP or FSDP2, or set sparsity_pattern='none'."
         )
 
 

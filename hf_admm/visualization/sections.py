@@ -112,9 +112,10 @@ def _logged(found: RunFigures) -> list[Picture]:
          if found.pattern else "What each evaluation measured.", logs.metrics[:4], curves.metric_curves),
         ("residuals", "Distance to the pattern", "residuals",
          "The norm of what the projection would cut off, as a share of the norm of the weights. It should be below "
-         "0.05 when phase 1 ends.", ["admm/primal_residual", "admm/switch_residual"], curves.residual_curve),
+         "0.05 when a phase 1 with a penalty ends.", ["admm/primal_residual", "admm/switch_residual"],
+         curves.residual_curve),
         ("mask_flips", "Mask flips", "mask flips", "How many entries changed their place in the mask at its last "
-         "update. It should come to rest within phase 1.", ["admm/mask_flips"], curves.flips_curve),
+         "update. It should come to rest within a phase 1 with a penalty.", ["admm/mask_flips"], curves.flips_curve),
         ("learning_rate", "Learning rate", "learning rate", "Each phase has a schedule of its own."
          if logs.switch_step is not None else "As it was logged.", ["learning_rate"], curves.rate_curve),
         ("loss", "Training loss", "loss", "The loss of the task, without the penalty.", ["loss"], curves.loss_curve),

@@ -107,16 +107,40 @@ def test_where_less_is_kept_it_is_after_a_dense_half_by_default(pattern, tiny_be
         assert zeros.any() and not trainer.model.get_parameter(name)[zeros].any(), name
 
 
+@pytest.mark.parametrize("falls", [True, False])
+def test_a_best_model_of_the_dense_half_is_warned_of(falls, tiny_bert, token_data, tmp_path, caplog):
+    scores = iter(range(STEPS, 0, -1) if falls else range(STEPS))
+    trainer = train(
+        tiny_bert(), token_data(64), tmp_path, **BY_DEFAULT | {"sparsity_pattern": "1:4"}, eval_strategy="steps",
+        eval_steps=3, save_strategy="steps", save_steps=3, load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True, parts={"compute_metrics": lambda _: {"score": next(scores)}},
+    )  # fmt: skip
+    assert trainer.audit.ok
+    assert caplog.text.count("The best model is that of step 3, in the dense phase, which has 6") == falls
+
+
+def test_a_scheduler_of_ones_own_runs_through_both(tiny_bert, token_data, tmp_path, caplog):
+    model = tiny_bert()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-3)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: 1 - step / STEPS)
+    flags = BY_DEFAULT | {"sparsity_pattern": "1:4"}
+    train(model, token_data(64), tmp_path, **flags, parts={"optimizers": (optimizer, schedule)})
+    assert caplog.text.count("runs through the dense phase and the sparse one as it is") == 1
+
+
 def test_where_less_is_kept_flags_change_the_dense_half(tiny_bert, token_data, tmp_path):
     def phases(**flags):
         args = prepare(tiny_bert(), token_data(), tmp_path, **{**BY_DEFAULT, "sparsity_pattern": "1:4", **flags}).args
-        return args.phase_1_length, args.rho, args.calibration_samples, args.mask_mode
+        assert args.penalty == "distance" and args.phase_schedulers[0] == (args.rho and "constant_with_warmup" or None)
+        return args.phase_1_length, args.rho, args.calibration_samples, args.mask_mode, args.lr_multiplier
 
-    assert phases() == phases(num_calibration_samples=1024) == (0.5, 0.0, 1024, "fixed")
-    assert phases(num_calibration_samples=1024, admm_steps=0) == (0, 16.0, 1024, "fixed")
-    assert phases(num_calibration_samples=1024, admm_steps=0.3, admm_rho=0) == (0.3, 0, 1024, "fixed")
-    assert phases(num_calibration_samples=0) == phases(admm_steps=0.6) == (0.6, 16.0, 0, "dynamic")
-    assert phases(srste_decay=1e-3) == (0.5, 0.0, 1024, "dynamic")
+    assert phases() == phases(num_calibration_samples=1024) == (0.5, 0.0, 1024, "fixed", 2.0)
+    assert phases(num_calibration_samples=1024, admm_steps=0) == (0, 16.0, 1024, "fixed", 2.0)
+    longer = {"num_calibration_samples": 1024, "admm_steps": 0.7, "admm_rho": 0}
+    assert phases(**longer) == (0.7, 0, 1024, "fixed", 2.0)
+    assert phases(**longer, sparsity_pattern="2:4") == (0.7, 0, 1024, "fixed", 1.0)
+    assert phases(num_calibration_samples=0) == phases(admm_steps=0.6) == (0.6, 16.0, 0, "dynamic", 2.0)
+    assert phases(srste_decay=1e-3) == (0.5, 0.0, 1024, "dynamic", 2.0)
     # Weights that are averaged know nothing of what is pruned at the switch.
     args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern="1:4", optim="schedule_free_adamw")
     assert (args.phase_1_length, args.calibration_samples) == (0, 1024)
@@ -277,7 +301,7 @@ def phases_of(trainer):
 def test_a_default_that_can_not_be_has_two_phases_instead(tiny_bert, token_data, tmp_path, caplog):
     flags = {**BY_DEFAULT, "parts": {"eval_dataset": None}}
     trainer = train(tiny_bert(), Stream(token_data(128)), tmp_path, **flags)
-    said = "This run has two phases. The training data (Stream) has no rows that can be looked up."
+    said = "This run has two phases instead. The training data (Stream) has no rows that can be looked up."
     assert caplog.text.count(said) == 1
     assert phases_of(trainer) == {1, 2} and trainer.args.num_calibration_samples is None
     caplog.clear()

@@ -37,7 +37,9 @@ def test_what_is_taken_for_the_other_flags(tmp_path):
     assert arguments(tmp_path, admm_rho=0).calibration_samples == 1024
     cut = arguments(tmp_path, num_calibration_samples=0)
     assert (cut.phase_1_length, cut.rho, cut.mask_mode, cut.lr_multiplier) == (0.5, 0.0, "dynamic", 2.0)
+    assert arguments(tmp_path, sparsity_pattern="1:4", admm_rho=0).lr_multiplier == 2.0
     # A flag of the penalty asks for two phases as they are without a teacher.
+    assert arguments(tmp_path, admm_penalty="loss", num_calibration_samples=8).phase_1_length == 0.6
     for flags in ({"admm_penalty": "distance"}, {"admm_update_steps": 4}, {"admm_rho": 0.1}):
         pulled, without = arguments(tmp_path, **flags), arguments(tmp_path, **flags, distill_teacher=None)
         assert pulled.calibration_samples == 0 and pulled.rho == without.rho > 0
@@ -155,9 +157,10 @@ def test_without_a_phase_1_there_is_none(tmp_path):
         arguments(tmp_path, admm_steps=0)
 
 
-@pytest.mark.parametrize("steps", [STEPS, 0.99])
-def test_without_a_phase_2_it_has_nothing_to_teach(steps, tiny_bert, token_data, tmp_path):
-    with pytest.raises(ValueError, match=f"with admm_steps={steps} all of the run's {STEPS} optimizer steps .*longer"):
+@pytest.mark.parametrize(("steps", "phase"), [(STEPS, 2), (0.99, 2), (0.01, 1)])
+def test_without_one_of_the_phases_it_has_nothing_to_teach(steps, phase, tiny_bert, token_data, tmp_path):
+    said = f"with admm_steps={steps} phase {phase} has none of the run's {STEPS} optimizer steps.*longer"
+    with pytest.raises(ValueError, match=said):
         train(tiny_bert(), token_data(), tmp_path, **RECIPE | {"admm_steps": steps})
 
 
