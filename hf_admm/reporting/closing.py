@@ -136,15 +136,18 @@ def phase_figures(state: TrainerState, admm_steps: int) -> list[tuple[str, str]]
 
 def _figures(number: int, own: Sequence[Mapping[str, float]], second: Sequence[Mapping[str, float]]) -> str:
     texts = []
+    dense = number == 1 and bool(own) and not any(log.get("admm/rho", 1) for log in own)  # nothing has pulled
     if number == 1:
         residual, cut = _last(own, "admm/primal_residual"), _last(second, "admm/switch_residual")
-        if residual is not None:
+        if dense:
+            texts.append("dense training")
+        elif residual is not None:
             texts.append(f"residual {residual:.2%}")
         if cut is not None:
             texts.append(f"{cut:.2%} cut off at the switch")
     if number == 2 and (change := _last(own, "admm/output_change")) is not None:
         texts.append(f"outputs of layers changed by {change:.0%} when pruned")
-    if (flips := _last(own, "admm/mask_flips")) is not None:
+    if not dense and (flips := _last(own, "admm/mask_flips")) is not None:
         texts.append(f"flips {flips:.2g}")
     return f": {', '.join(texts)}" if texts else ""
 
