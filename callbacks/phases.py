@@ -51,16 +51,16 @@ class PhaseCallback(TrainerCallback):
         self.state.reset(model, args.pattern, selection)
         self.state.use_optimizer(optimizer)
         self.state.at_switch = self.at_switch
-        if args.trains_dense and self.state.swapped:
+        if args.calibration_samples and settings.plan.admm_steps and self.state.swapped:
             logger.warning(
                 f"The model is pruned to {args.pattern} at the switch, of which the average that the optimizer keeps "
-                f"knows nothing. Set admm_steps=0 and num_calibration_samples={args.calibration_samples}, to prune it "
-                "before the first step."
+                f"knows nothing. Prune it before the first step (admm_steps=0, num_calibration_samples="
+                f"{args.calibration_samples}), or take an optimizer that does not average."
             )
         if args.trains_dense and not args.learns_from_switch and self.state.weights.obey():
             logger.warning(
-                f"The model obeys {args.pattern} already, and by default phase 1 trains it dense: its zeros do not "
-                "stay, others come at the switch. To keep them, set sparsity_pattern='own', or admm_steps=0 with "
+                f"The model obeys {args.pattern} already, and phase 1 will train it dense: its zeros do not stay, "
+                "others come at the switch. To keep them, set sparsity_pattern='own', or admm_steps=0 with "
                 f"num_calibration_samples={args.calibration_samples}."
             )
         self.state.begin(settings)

@@ -51,17 +51,14 @@ def recorded_flags(args: ADMMTrainingArguments, kind: str = "ours") -> dict:
     """
     # A teacher's folder says nothing of the outcome, nor whether there is a report of it.
     unsaid = ("sparsity_report",) if args.distill_teacher in OWN else ("distill_teacher", "sparsity_report")
-    dense_first = args.trains_dense and not args.learns_from_switch and kind != "sparsegpt"
-    flags = {name: getattr(args, name) for name in _FLAGS if name not in unsaid}
-    return (
-        flags
-        | ({"admm_rho": 0.0} if dense_first else {})
-        | {
-            "admm_steps": args.phase_1_length,
-            "srste_mask": args.mask_mode,
-            "num_calibration_samples": CALIBRATION_SAMPLES if kind == "sparsegpt" else args.calibration_samples,
-        }
-    )
+    taken = {
+        "admm_steps": args.phase_1_length,
+        "srste_mask": args.mask_mode,
+        "num_calibration_samples": CALIBRATION_SAMPLES if kind == "sparsegpt" else args.calibration_samples,
+    }
+    if args.trains_dense and not args.learns_from_switch:
+        taken["admm_rho"] = 0.0  # else it would pass for a run of these lengths with a penalty
+    return {name: getattr(args, name) for name in _FLAGS if name not in unsaid} | taken
 
 
 @dataclass(frozen=True)

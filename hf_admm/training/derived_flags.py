@@ -167,7 +167,8 @@ class DerivedFlags:
         The steps of a run of `max_steps` optimizer steps, by phase.
 
         Raises:
-            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run, or leaves no phase 2 to a teacher.
+            `ValueError`: If `admm_steps` or `mask_freeze_steps` is beyond the run, or the model of a
+                switch is to teach and one of the phases has no step.
         """
         if self.is_own:
             return PhasePlan(max_steps, 0, 0)

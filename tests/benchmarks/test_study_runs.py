@@ -71,6 +71,15 @@ def test_keys_differ_by_all_that_matters():
     assert base.key == spec("ours").key
 
 
+def test_a_dense_half_is_not_taken_for_a_penalty_of_its_length():
+    """Which has the same flags but for the rho that is taken."""
+    dense = Spec("cola", "ours", "1:4", 1)
+    pulled = Spec("cola", "ours", "1:4", 1, flags={"admm_steps": 0.5, "num_calibration_samples": 1024})
+    assert dense.key != pulled.key and dense.phase_1_key != pulled.phase_1_key
+    assert dense.settings["arguments"]["admm_rho"] == 0.0 and pulled.settings["arguments"]["admm_rho"] is None
+    assert dense.settings["arguments"]["admm_steps"] == 0.5
+
+
 def test_dense_runs_are_made_anew_for_another_schedule_alone():
     base = spec("dense").key
     stronger = {"admm_penalty": "distance", "admm_rho": 20.0, "srste_decay": 0.1}

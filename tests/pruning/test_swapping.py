@@ -106,6 +106,16 @@ def test_what_is_evaluated_is_what_is_saved(optimizer, tiny_bert, token_data, tm
     assert trainer.evaluate()["eval_loss"] == losses[12]
 
 
+@pytest.mark.parametrize("steps", [0, 6])
+def test_an_average_that_knows_nothing_of_what_is_pruned_at_the_switch(steps, tiny_bert, token_data, tmp_path, caplog):
+    flags = {"num_calibration_samples": 8, "admm_steps": steps, "admm_rho": 0.0, "admm_update_steps": None}
+    assert make("averaging", tiny_bert(), token_data(), tmp_path, **flags).train().global_step == 12
+    said = (
+        "Prune it before the first step (admm_steps=0, num_calibration_samples=8), or take an optimizer that does not"
+    )
+    assert caplog.text.count(said) == bool(steps)
+
+
 @pytest.mark.parametrize("optimizer", OPTIMIZERS)
 @pytest.mark.parametrize("step", [3, 6, 9])
 def test_a_resume_ends_with_the_same_bits(step, optimizer, tiny_bert, token_data, tmp_path):
