@@ -35,7 +35,12 @@ SETTINGS = PhaseSettings(
     decay=0.01,
     mask_update_steps=1,
 )
-PENALTIES = {"loss": SETTINGS, "distance": replace(SETTINGS, penalty="distance", rho=16.0, decay=None)}
+PENALTIES = {
+    "loss": SETTINGS,
+    "distance": replace(SETTINGS, penalty="distance", rho=16.0, decay=None),
+    "none": replace(SETTINGS, penalty=None, rho=0.0),
+}
+PHASE_1 = {"loss": "admm", "distance": "distance", "none": "dense_phase"}
 PATTERNS = ("2:4", "1:4", "4:8", "4x4:8", "2x8:5", "0.5")
 
 

@@ -126,7 +126,8 @@ def load_sidecar(state: ADMMState, folder: str | os.PathLike, settings: PhaseSet
         phase = PHASES[saved["phase"]](weights, settings)
         for name, part in weights.local():
             part.copy_(parts.weight(f"weight/{name}", weights.parameters[name]))
-            phase.restore(name, parts.companion(phase, name))
+            if phase.companion:
+                phase.restore(name, parts.companion(phase, name))
         parameters = named_parameters(weights.model)
         for name in saved["others"]:
             local(parameters[name].detach()).copy_(parts.weight(f"other/{name}", parameters[name]))

@@ -61,18 +61,19 @@ class SidecarFile:
     def save(cls, state: ADMMState, folder: Path, write: bool) -> None:
         """Writes it, see [`sidecar.save_sidecar`]."""
         tensors, phase, weights = {}, state.phase, state.weights
+
+        def take(key: str, whole: torch.Tensor, parameter: torch.Tensor) -> None:
+            if write:  # gathered tensors are taken off the device one by one
+                tensors[key] = _for_file(whole, parameter)
+
         for name, part in weights.dense():
             parameter = weights.parameters[name]
-            for kind, whole in (
-                ("weight", gather(part, parameter)),
-                (phase.companion, phase.whole_companion(name, phase.companions[name])),
-            ):
-                if write:  # gathered tensors are taken off the device one by one
-                    tensors[f"{kind}/{name}"] = _for_file(whole, parameter)
+            take(f"weight/{name}", gather(part, parameter), parameter)
+            if phase.companion:
+                companion = phase.whole_companion(name, phase.companions[name])
+                take(f"{phase.companion}/{name}", companion, parameter)
         for name, (part, parameter) in state.other_weights().items():
-            whole = gather(part, parameter)
-            if write:
-                tensors[f"other/{name}"] = _for_file(whole, parameter)
+            take(f"other/{name}", gather(part, parameter), parameter)
         if not write:
             return
         path = folder / SIDECAR_NAME

@@ -161,10 +161,10 @@ class SidecarFolder:
             raise damaged(self.path, f"not what was saved: {', '.join(changed)}")
 
     def _read(self, settings: dict, weights: PrunedWeights) -> "_Parts":
-        companion = PHASES[settings["phase"]].companion
+        phase = PHASES[settings["phase"]]
         live, tensors = named_parameters(weights.model), {}
         for name in settings["targets"]:
-            for kind in ("weight", companion):
+            for kind in phase.kinds():
                 key = f"{kind}/{name}"
                 tensors[key] = self._room(key, live[name])
         for name in settings["others"]:
@@ -174,14 +174,14 @@ class SidecarFolder:
         except ValueError as error:
             raise damaged(self.path, error) from error
         parts = _Parts(self, {key: local(tensor) for key, tensor in tensors.items()})
-        self._check_values(parts, settings, weights, companion)
+        self._check_values(parts, settings, weights, phase.companion)
         return parts
 
     def _room(self, key: str, parameter: torch.Tensor) -> torch.Tensor:
         found = self.index.state_dict_metadata[key]
         return empty_like_part(parameter, found.size, found.properties.dtype)
 
-    def _check_values(self, parts: "_Parts", settings: dict, weights: PrunedWeights, companion: str) -> None:
+    def _check_values(self, parts: "_Parts", settings: dict, weights: PrunedWeights, companion: str | None) -> None:
         """Whether training can go on with them. Each process judges its parts, and all come to the same end."""
         not_finite, astray, kept = [], [], {}
         for key, part in parts.tensors.items():
@@ -233,11 +233,10 @@ def _tensors_of(state: ADMMState) -> dict[str, torch.Tensor]:
     for name, part in weights.dense():
         parameter = weights.parameters[name]
         tensors[f"weight/{name}"] = spread(part, parameter)
-        companion = phase.companions[name]
         if phase.companion == "mask":
-            tensors[f"mask/{name}"] = mask_to_rows(companion, parameter)
-        else:
-            tensors[f"{phase.companion}/{name}"] = spread(companion, parameter)
+            tensors[f"mask/{name}"] = mask_to_rows(phase.companions[name], parameter)
+        elif phase.companion:
+            tensors[f"{phase.companion}/{name}"] = spread(phase.companions[name], parameter)
     for name, (part, parameter) in state.other_weights().items():
         tensors[f"other/{name}"] = spread(part, parameter)
     return tensors

@@ -152,7 +152,7 @@ def check_tensors(path: Path, settings: Mapping, found: Mapping[str, tuple[str, 
     Raises:
         `ValueError`: If one is missing or wrong.
     """
-    kinds = ("weight", PHASES[settings["phase"]].companion)
+    kinds = PHASES[settings["phase"]].kinds()
     expected = {f"{kind}/{name}": (kind, name, shape) for kind in kinds for name, shape in settings["targets"].items()}
     expected |= {f"other/{name}": ("other", name, shape) for name, shape in settings["others"].items()}
     wrong = set(found) ^ expected.keys()

@@ -23,8 +23,8 @@ class PhaseSettings:
     Args:
         plan ([`PhasePlan`]):
             The steps of each phase.
-        rho (`float`), rho_schedule (`str`), update_steps (`int`), penalty (`str`):
-            `admm_rho` and the other flags of phase 1.
+        rho (`float`), rho_schedule (`str`), update_steps (`int`), penalty (`str`, *optional*):
+            `admm_rho` and the other flags of phase 1. A penalty of `None`: dense training.
         decay (`float`, *optional*), mask_update_steps (`int`):
             `srste_decay` and the other flags of phase 2. `None`: pruned entries shrink on as at the end of phase 1.
         state_dtype (`torch.dtype`, *optional*, defaults to `torch.float32`):
@@ -37,7 +37,7 @@ class PhaseSettings:
     rho: float
     rho_schedule: str
     update_steps: int
-    penalty: str
+    penalty: str | None
     decay: float | None
     mask_update_steps: int
     state_dtype: torch.dtype = torch.float32
@@ -58,7 +58,7 @@ class Phase:
     name = "dense"
     number = 0  # in the logs
     prunes = False  # whether W is dense and what is evaluated and saved is not
-    companion: str | None = None  # kind of tensor beside each weight, as the sidecar names it
+    companion: str | None = None  # kind of tensor beside each weight, as the sidecar names it; None: there is none
 
     def __init__(self, weights: PrunedWeights, settings: PhaseSettings | None = None):
         self.weights, self.settings = weights, settings
@@ -147,6 +147,11 @@ class Phase:
     def check_replicas(self) -> None:
         """Raises `RuntimeError` if the processes do not hold the same."""
         self.weights.check_replicas({self.companion: self.companions} if self.companion else {})
+
+    @classmethod
+    def kinds(cls) -> tuple[str, ...]:
+        """The kinds of tensors that a sidecar holds of each weight."""
+        return ("weight", cls.companion) if cls.companion else ("weight",)
 
     @classmethod
     def bytes_beside(cls, part: torch.Tensor, settings: PhaseSettings) -> int:

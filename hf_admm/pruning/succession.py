@@ -1,6 +1,7 @@
 """Which phases there are, and what follows on what."""
 
 from hf_admm.pruning.admm import ADMM
+from hf_admm.pruning.dense_phase import DensePhase
 from hf_admm.pruning.distance import Distance
 from hf_admm.pruning.own_mask import OwnMask
 from hf_admm.pruning.phases import Phase, PhaseSettings
@@ -10,8 +11,8 @@ from hf_admm.sparsity.patterns import OwnPattern
 
 
 # What can be resumed, by the name in the sidecar.
-PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, Distance, SRSTE, OwnMask)}
-FOLLOWS: dict[type[Phase], type[Phase]] = {ADMM: SRSTE, Distance: SRSTE}
+PHASES: dict[str, type[Phase]] = {phase.name: phase for phase in (ADMM, Distance, DensePhase, SRSTE, OwnMask)}
+FOLLOWS: dict[type[Phase], type[Phase]] = {ADMM: SRSTE, Distance: SRSTE, DensePhase: SRSTE}
 
 
 def first_phase(settings: PhaseSettings, weights: PrunedWeights) -> type[Phase]:
@@ -20,6 +21,8 @@ def first_phase(settings: PhaseSettings, weights: PrunedWeights) -> type[Phase]:
         return OwnMask if weights.parameters else Phase  # under adapters, all that is sparse may be frozen
     if not settings.plan.admm_steps:
         return SRSTE
+    if settings.penalty is None:
+        return DensePhase
     return Distance if settings.penalty == "distance" else ADMM
 
 

@@ -46,6 +46,8 @@ def phase_words(args, max_steps: int) -> list[tuple[str, str]]:
 
 
 def _first_phase(settings: PhaseSettings) -> str:
+    if settings.penalty is None:
+        return "dense training"
     if not settings.rho:
         return "dense training (rho 0)"
     if settings.penalty == "distance":
@@ -111,7 +113,9 @@ def set_flags(args, max_steps: int) -> dict[str, str]:
         if plan.admm_steps < max_steps and args.calibration_samples:
             flags["num_calibration_samples"] = str(args.calibration_samples)
     if plan.admm_steps:
-        flags |= {"admm_penalty": settings.penalty, "admm_rho": f"{settings.rho:g}"}
+        if settings.penalty is not None:
+            flags["admm_penalty"] = settings.penalty
+        flags["admm_rho"] = f"{settings.rho:g}"
         if settings.rho:
             flags["admm_update_steps"] = str(settings.update_steps)
         if settings.rho and settings.penalty != "distance":

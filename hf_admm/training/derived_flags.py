@@ -155,7 +155,7 @@ class DerivedFlags:
             rho=self.rho,
             rho_schedule=self.admm_rho_schedule,
             update_steps=interval,
-            penalty=self.penalty,
+            penalty=None if self.trains_dense else self.penalty,
             decay=decay,
             mask_update_steps=mask_interval,
             state_dtype=getattr(torch, self.admm_state_dtype),

@@ -16,9 +16,9 @@ from hf_admm.checkpoints.sidecar import SIDECAR_NAME, load_sidecar, save_sidecar
 from sidecars import SETTINGS, assert_same, load, model_and_state, snapshot, trained
 
 
-@pytest.fixture(scope="module", params=["admm", "srste"])
+@pytest.fixture(scope="module", params=["admm", "dense_phase", "srste"])
 def saved(request, tmp_path_factory):
-    """The folder of a sidecar of either phase, its bytes, and what it restores."""
+    """The folder of a sidecar of each phase, its bytes, and what it restores."""
     folder = tmp_path_factory.mktemp(request.param)
     save_sidecar(trained(request.param)[1], folder)
     model, state = model_and_state()

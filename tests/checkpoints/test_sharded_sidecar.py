@@ -31,9 +31,9 @@ from sidecars import PATTERN, SETTINGS, assert_same, load, model_and_state, snap
 FILES = ("__0_0.distcp", INDEX_OF_SHARDS, HEADER_NAME)
 
 
-@pytest.fixture(scope="module", params=["admm", "srste"])
+@pytest.fixture(scope="module", params=["admm", "dense_phase", "srste"])
 def saved(request, tmp_path_factory):
-    """The folder of a sidecar of either phase, the bytes of its files, and what it restores."""
+    """The folder of a sidecar of each phase, the bytes of its files, and what it restores."""
     folder = tmp_path_factory.mktemp(request.param)
     _, state = trained(request.param)
     save_sidecar(state, folder)

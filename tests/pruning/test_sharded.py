@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from fsdp_worker import PATTERNS, PENALTIES
+from fsdp_worker import PATTERNS, PENALTIES, PHASE_1
 from hf_admm import parse_pattern
 from hf_admm.checkpoints.sidecar import SHARDED_SIDECAR_NAME, SIDECAR_NAME
 from hf_admm.pruning.shards import local, straddles
@@ -14,7 +14,7 @@ from launch import launch, trains_shards
 
 
 # Two processes average equal gradients to the same bits; three round.
-TOLERANCE = {2: 0.0, 3: 5e-6}
+TOLERANCE = {2: 0.0, 3: 2e-5}  # of steps of 0.01
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def test_shards_train_as_the_whole(processes, penalty, pattern, runs):
     straight, sharded = torch.load(one / "results.pt"), torch.load(many / "results.pt")
     torch.testing.assert_close(sharded["weights"], straight["weights"], **close)
     torch.testing.assert_close(sharded["evaluations"], straight["evaluations"], **close)
-    for step, phase in ((3, "admm" if penalty == "loss" else "distance"), (8, "srste")):
+    for step, phase in ((3, PHASE_1[penalty]), (8, "srste")):
         assert sharded["restored"][step]["phase"] == phase
         for part in ("weights", "evaluation"):
             torch.testing.assert_close(sharded["restored"][step][part], straight["restored"][step][part], **close)
@@ -44,7 +44,8 @@ def test_shards_train_as_the_whole(processes, penalty, pattern, runs):
         files = [load_file(folder / str(step) / SIDECAR_NAME) for folder in (one, many)]
         torch.testing.assert_close(files[1], files[0], **close)
     figures = [json.loads((folder / "figures.json").read_text())["figures"] for folder in (one, many)]
-    assert len(figures[0]) == 10 and "primal_residual" in figures[0][-5] and "mask_flips" in figures[0][-1]
+    assert len(figures[0]) == 10 and "mask_flips" in figures[0][-1]
+    assert ("primal_residual" in figures[0][-5]) is (penalty != "none")
     for expected, got in zip(*figures, strict=True):
         assert got == pytest.approx(expected, rel=1e-4)
 

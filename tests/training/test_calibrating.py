@@ -18,6 +18,7 @@ from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weig
 ROWS, SIZE = 20, 8  # of the training set, and in a batch
 ONE_PHASE = {"admm_steps": 0, "srste_mask": "fixed", "mask_freeze_steps": 0, "admm_rho": None}
 BY_DEFAULT = {"sparsity_pattern": "2:4", "admm_steps": None, "admm_rho": None, "admm_update_steps": None}
+DENSE_HALF = BY_DEFAULT | {"sparsity_pattern": "1:4"}
 EVENLY = {"admm_penalty": "distance", "admm_rho": None, "admm_update_steps": 1}
 
 
@@ -177,12 +178,12 @@ def test_at_the_switch_it_prunes_what_phase_1_has_made(mask, tiny_bert, token_da
 
 
 @pytest.mark.parametrize("step", [3, 6, 9])
-def test_a_resume_gives_the_same_bits(step, tiny_bert, token_data, tmp_path):
+@pytest.mark.parametrize("phase_1", [EVENLY, DENSE_HALF], ids=["distance", "dense"])
+def test_a_resume_gives_the_same_bits(phase_1, step, tiny_bert, token_data, tmp_path):
     """From phase 1, from the switch, and from phase 2, which does not prune again."""
-    data = token_data(64)
-    flags = {"sparsity_pattern": "2:4", "num_calibration_samples": ROWS, "save_steps": 3, "save_strategy": "steps"}
-    straight = train(tiny_bert(), data, tmp_path, **flags, **EVENLY)
-    resumed = prepare(tiny_bert(), data, tmp_path / "resumed", **flags, **EVENLY)
+    data, flags = token_data(64), {"num_calibration_samples": ROWS, "save_steps": 3, "save_strategy": "steps"}
+    straight = train(tiny_bert(), data, tmp_path, **flags, **phase_1)
+    resumed = prepare(tiny_bert(), data, tmp_path / "resumed", **flags, **phase_1)
     pruned = []
     inner = resumed.sparsity.weights.__class__.replace
 
