@@ -8,6 +8,7 @@ import hf_admm.pruning.srste
 import hf_admm.pruning.weights
 from hf_admm import ADMMTrainer, audit_checkpoint
 from hf_admm.sparsity.projections import broken_groups
+from restarts import Breaks, Trials, out_of_memory, search
 from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
 
 
@@ -18,31 +19,6 @@ def is_sparse(trainer, pattern=None):
 
 
 # ---- Hyperparameter search ----
-
-
-def search(trainer, space, **kwargs):
-    optuna.logging.set_verbosity(optuna.logging.ERROR)
-    sampler = optuna.samplers.GridSampler(space, seed=1)
-    return trainer.hyperparameter_search(
-        hp_space=lambda trial: {name: trial.suggest_categorical(name, values) for name, values in space.items()},
-        n_trials=len(space["sparsity_pattern"]),
-        sampler=sampler,
-        **kwargs,
-    )
-
-
-class Trials(ADMMTrainer):
-    """Notes how each trial ends."""
-
-    def __init__(self, *args, **kwargs):
-        self.ends = []
-        super().__init__(*args, **kwargs)
-
-    def train(self, *args, **kwargs):
-        try:
-            return super().train(*args, **kwargs)
-        finally:
-            self.ends.append((self.args.sparsity_pattern, self.audit, self.sparsity.phase.name, weights(self.model)))
 
 
 @pytest.mark.parametrize("first", ["none", "2:4"])
@@ -114,23 +90,6 @@ def test_a_second_train_runs_both_phases_again(tiny_bert, token_data, tmp_path):
 
 
 # ---- Errors in the middle of a run ----
-
-
-class Breaks(ADMMTrainer):
-    """Raises once, in the middle of a step, after the forward pass."""
-
-    error, at = None, None
-
-    def compute_loss(self, *args, **kwargs):
-        result = super().compute_loss(*args, **kwargs)
-        if self.error is not None and self.state.global_step == self.at:
-            error, self.error = self.error, None
-            raise error
-        return result
-
-
-def out_of_memory():
-    return RuntimeError("CUDA out of memory.")
 
 
 @pytest.mark.parametrize("step", [3, 8])

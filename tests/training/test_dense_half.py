@@ -1,0 +1,88 @@
+"""Runs that train dense, prune by their data and train on, with or without that dense model as a teacher, and what
+Trainer does around a training."""
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_admm import ADMMTrainer, audit_checkpoint
+from hf_admm.training.teachers import become
+from restarts import Breaks, Trials, out_of_memory, search
+from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
+
+
+# As a user gives them: nothing of a phase.
+PLAIN = {"admm_steps": None, "admm_rho": None, "admm_update_steps": None}
+RECIPES = {
+    "pruned": PLAIN | {"sparsity_pattern": "1:4"},
+    "taught": PLAIN | {"sparsity_pattern": "2:4", "distill_teacher": "switch"},
+}
+
+
+@pytest.fixture(params=RECIPES)
+def recipe(request):
+    return RECIPES[request.param]
+
+
+@pytest.mark.parametrize("best", [3, 9])
+def test_the_best_model_is_that_of_its_checkpoint(best, recipe, tiny_bert, token_data, tmp_path):
+    """Of either half: it is sparse, and is what is saved."""
+    flags = {"save_strategy": "steps", "eval_strategy": "steps", "save_steps": 3, "eval_steps": 3}
+
+    class Chosen(ADMMTrainer):
+        def _determine_best_metric(self, metrics, trial):
+            judged = metrics | {"eval_score": float(self.state.global_step == best)}
+            return super()._determine_best_metric(judged, trial)
+
+    trainer = train(
+        tiny_bert(), token_data(), tmp_path, Chosen, load_best_model_at_end=True, metric_for_best_model="score",
+        greater_is_better=True, **flags, **recipe,
+    )  # fmt: skip
+    assert trainer.state.best_global_step == best and trainer.audit.ok
+    trainer.save_model(str(tmp_path / "model"))
+    assert audit_checkpoint(tmp_path / "model").ok
+    best_of = type(trainer.model).from_pretrained(tmp_path / f"checkpoint-{best}")
+    assert_same_weights(trainer.model, weights(best_of))
+
+
+@pytest.mark.parametrize("step", [3, 8])
+def test_a_smaller_batch_begins_anew(step, recipe, tiny_bert, token_data, tmp_path, monkeypatch):
+    """With a dense half; it prunes, and takes the teacher, of that attempt. The log has what pruning changed."""
+    taken, phases = [], Recorder("on_step_begin", lambda state, **_: trainer.sparsity.phase.name)
+    monkeypatch.setattr(
+        "hf_admm.training.teaching.become", lambda teacher, student: (taken.append(1), become(teacher, student))
+    )
+    trainer = prepare(
+        tiny_bert(), token_data(), tmp_path, Breaks, callbacks=[phases], auto_find_batch_size=True, **recipe
+    )
+    trainer.error, trainer.at = out_of_memory(), step
+    trainer.train()
+    halves = ["dense_phase"] * (STEPS // 2) + ["srste"] * (STEPS // 2)
+    assert phases.seen == halves[: step + 1] + halves
+    assert trainer.audit.ok and len(taken) == (0 if trainer.args.distill_teacher is None else 1 + (step > 6))
+    logs = [log for log in trainer.state.log_history if "admm/output_change" in log]
+    assert logs and all(log["admm/phase"] == 2 for log in logs)
+
+
+def test_trials_of_a_search(recipe, tiny_bert, token_data, tmp_path):
+    """Each ends with the bits of a run of its own."""
+    data, parts = token_data(), {"model_init": lambda: tiny_bert()}
+    flags = {**recipe, "eval_strategy": "steps", "eval_steps": 4}
+    trainer = prepare(None, data, tmp_path, Trials, parts=parts, **flags)
+    search(trainer, {"sparsity_pattern": ["2:8", "1:4"]}, direction="minimize")
+    assert sorted(pattern for pattern, *_ in trainer.ends) == ["1:4", "2:8"]
+    for pattern, audit, phase, end in trainer.ends:
+        alone = train(None, data, tmp_path / "alone", parts=parts, **flags | {"sparsity_pattern": pattern})
+        assert audit.ok and phase == "sparse"
+        assert_same_weights(alone.model, end)
+
+
+def test_a_checkpoint_of_the_dense_half_is_sparse_and_its_sidecar_dense(recipe, tiny_bert, token_data, tmp_path):
+    dense = Recorder("on_step_end", lambda state, model, **_: weights(model))
+    train(tiny_bert(), token_data(), tmp_path, callbacks=[dense], save_strategy="steps", save_steps=3, **recipe)
+    folder = tmp_path / "checkpoint-3"
+    assert audit_checkpoint(folder, pattern=recipe["sparsity_pattern"]).ok
+    beside = load_file(folder / "admm_state.safetensors")
+    assert beside and all(name.startswith("weight/") for name in beside)
+    for name, weight in beside.items():
+        assert torch.equal(weight, dense.seen[2][name.removeprefix("weight/")]), name
