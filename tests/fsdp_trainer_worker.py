@@ -20,6 +20,8 @@ from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
 
 SAMPLES = 12
+PULLED = {"admm_steps": 4, "admm_update_steps": 2, "admm_rho": 2.0, "admm_penalty": "loss"}
+DENSE_HALF = {"sparsity_pattern": "1:4"}  # by default
 
 
 class WithPlugin(AcceleratorState):
@@ -59,12 +61,12 @@ class Switch(TrainerCallback):
             self.after = whole(model)
 
 
-def assert_pruned_as_one(switch, data):
+def assert_pruned_as_one(switch, data, pattern):
     """By the same rows, a whole model is pruned to the same weights."""
     model = tiny_bert(**NO_DROPOUT["tiny_bert"])
     model.load_state_dict(switch.before, strict=False)
     rows = [data[index * len(data) // SAMPLES] for index in range(SAMPLES)]
-    report = prune_one_shot(model, [default_data_collator(rows[:8]), default_data_collator(rows[8:])], "2:4")
+    report = prune_one_shot(model, [default_data_collator(rows[:8]), default_data_collator(rows[8:])], pattern)
     for name in report.errors:
         expected, found = model.get_parameter(name).detach(), switch.after[name]
         assert torch.equal(expected == 0, found == 0), name
@@ -78,23 +80,23 @@ def whole(model):
     }
 
 
-def train(folder, kind="SHARDED_STATE_DICT", resume=None, **options):
+def train(folder, kind="SHARDED_STATE_DICT", resume=None, phase_1=PULLED, **options):
     AcceleratorState._reset_state()
     model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data(64)
     fsdp = {"version": 2, "state_dict_type": kind, "transformer_layer_cls_to_wrap": ["BertLayer"]}
     args = ADMMTrainingArguments(
-        str(folder), max_steps=8, per_device_train_batch_size=8, learning_rate=0.01, admm_steps=4, admm_update_steps=2,
-        admm_rho=2.0, admm_penalty="loss", num_calibration_samples=SAMPLES,
+        str(folder), max_steps=8, per_device_train_batch_size=8, learning_rate=0.01, num_calibration_samples=SAMPLES,
         save_steps=2, eval_strategy="steps", eval_steps=2, logging_steps=1,
-        report_to="none", disable_tqdm=True, use_cpu=True, fsdp=True, fsdp_config=fsdp, **options,
+        report_to="none", disable_tqdm=True, use_cpu=True, fsdp=True, fsdp_config=fsdp, **phase_1, **options,
     )  # fmt: skip
+    assert args.trains_dense is (phase_1 is DENSE_HALF)
     keep, switch = Keep(2), Switch(4)
     trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16], callbacks=[keep, switch])
     trainer.train(resume_from_checkpoint=resume and str(resume))
     assert all(isinstance(weight, DTensor) for weight in trainer.model.parameters())
     assert trainer.audit.ok
     if switch.before is not None:  # not in a run that was resumed after it
-        assert_pruned_as_one(switch, data)
+        assert_pruned_as_one(switch, data, args.pattern)
     results = {"weights": whole(trainer.model), "at_2": keep.weights, "best": trainer.state.best_model_checkpoint}
     trainer.save_model(str(folder / "model"))
     if args.process_index == 0:
@@ -114,6 +116,9 @@ def main(folder: str) -> None:
     train(folder / "to_whole", "FULL_STATE_DICT", resume=straight / "checkpoint-4")
     train(folder / "from_whole", resume=folder / "to_whole" / "checkpoint-6")
     train(folder / "best", load_best_model_at_end=True, metric_for_best_model="eval_loss", greater_is_better=True)
+    train(folder / "dense", phase_1=DENSE_HALF)
+    for step in (2, 6):
+        train(folder / f"dense{step}", resume=folder / "dense" / f"checkpoint-{step}", phase_1=DENSE_HALF)
 
 
 if __name__ == "__main__":

@@ -69,6 +69,16 @@ def test_a_resume_ends_with_the_same_bits(runs, run):
     assert (whole, shards) == ((True, False) if run == "to_whole" else (False, True))
 
 
+@pytest.mark.parametrize("step", [2, 6])
+def test_a_resume_of_a_run_with_a_dense_half(runs, step):
+    """Whose checkpoints hold nothing but the dense weights beside the sparse model, until it is pruned."""
+    assert_same(results(runs / f"dense{step}")["weights"], results(runs / "dense")["weights"])
+    folder = runs / "dense" / f"checkpoint-{step}"
+    assert audit_checkpoint(folder).ok
+    kinds = {name.split("/")[0] for name in read_index(folder / SHARDED_SIDECAR_NAME).state_dict_metadata}
+    assert kinds == ({"weight"} if step == 2 else {"weight", "mask"})
+
+
 def test_a_resume_on_three_processes_begins_with_the_same_bits(runs):
     assert_same(results(runs / "three")["at_2"], results(runs / "straight")["at_2"])
     assert (runs / "three" / "checkpoint-8" / SHARDED_SIDECAR_NAME / "__2_0.distcp").is_file()
