@@ -15,11 +15,14 @@ from tiny_models import NO_DROPOUT, tiny_bert, token_data
 
 
 PROCESSES = int(os.environ.get("WORLD_SIZE", 1))
-# Pruned by layer-wise ADMM at the switch, and before the first step.
+# Pruned by layer-wise ADMM at the switch, before the first step, and after a dense half.
 CALIBRATED = {
     "at switch": {"num_calibration_samples": 12},
     "at start": {"num_calibration_samples": 12, "admm_steps": 0, "sparsity_pattern": "1:4"},
-}
+    "dense half": {
+        "num_calibration_samples": 12, "admm_steps": None, "admm_update_steps": None, "sparsity_pattern": "1:4"
+    },
+}  # fmt: skip
 PRUNED = "bert.encoder.layer.1.output.dense.weight"
 
 
@@ -60,9 +63,9 @@ def run(folder: Path, stage: int = 0, resume: str | None = None, **flags) -> dic
     model, data = tiny_bert(**NO_DROPOUT["tiny_bert"]), token_data(64)
     args = ADMMTrainingArguments(
         str(folder), max_steps=12, per_device_train_batch_size=8 // PROCESSES, learning_rate=1e-2,
-        gradient_accumulation_steps=2, admm_update_steps=2, save_steps=4, eval_strategy="steps", eval_steps=4,
+        gradient_accumulation_steps=2, save_steps=4, eval_strategy="steps", eval_steps=4,
         logging_steps=1, max_grad_norm=0.0, report_to="none", disable_tqdm=True, use_cpu=True,
-        deepspeed=config(stage) if stage else None, **{"admm_steps": 6, **flags},
+        deepspeed=config(stage) if stage else None, **{"admm_steps": 6, "admm_update_steps": 2, **flags},
     )  # fmt: skip
     callback = Masters()
     trainer = ADMMTrainer(model, args, train_dataset=data, eval_dataset=data[:16], callbacks=[callback])
