@@ -111,7 +111,8 @@ def set_flags(args, max_steps: int) -> dict[str, str]:
     if not args.is_own:
         flags["admm_steps"] = str(plan.admm_steps)
         if plan.admm_steps < max_steps and args.calibration_samples:
-            flags["num_calibration_samples"] = str(args.calibration_samples)
+            default = " (by default: fewer, where texts are long)" if args.num_calibration_samples is None else ""
+            flags["num_calibration_samples"] = f"{args.calibration_samples}{default}"
     if plan.admm_steps:
         if settings.penalty is not None:
             flags["admm_penalty"] = settings.penalty

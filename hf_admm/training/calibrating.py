@@ -123,7 +123,13 @@ class CalibrationMixin:
             with self.compute_loss_context_manager():
                 self.compute_loss(self.model, self._prepare_inputs(batch))
         except Exception as error:
-            if not passed or should_reduce_batch_size(error):
+            if should_reduce_batch_size(error):
+                raise
+            if not passed:
+                logger.error(
+                    f"Rows of the training set are to show what to prune, and {type(self).__name__} failed on them in "
+                    f"evaluation mode, before it called the model. {TWO_PHASES_INSTEAD}"
+                )
                 raise
         finally:
             hook.remove()

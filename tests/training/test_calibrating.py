@@ -367,9 +367,12 @@ class Failing(ADMMTrainer):
         raise KeyError("before the model is called")
 
 
-def test_an_error_before_the_model_is_no_pass(tiny_bert, token_data, tmp_path):
+def test_an_error_before_the_model_is_no_pass(tiny_bert, token_data, tmp_path, caplog):
+    """It is the user's own, and what to do without such passes is said beside it."""
     with pytest.raises(KeyError, match="before the model"):
-        train(tiny_bert(), token_data(64), tmp_path, Failing, num_calibration_samples=ROWS, **BY_DEFAULT)
+        train(tiny_bert(), token_data(64), tmp_path, Failing, **BY_DEFAULT)
+    said = "Failing failed on them in evaluation mode, before it called the model"
+    assert caplog.text.count(said) == 1 and "With num_calibration_samples=0 the run has two phases" in caplog.text
 
 
 class Small(ADMMTrainer):
