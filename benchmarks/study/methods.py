@@ -7,7 +7,7 @@ import importlib.util
 from dataclasses import dataclass, field, fields
 
 from hf_admm import ADMMTrainingArguments
-from hf_admm.pruning.defaults import CALIBRATION_SAMPLES
+from hf_admm.pruning.defaults import CALIBRATION_SAMPLES, DENSE_PHASE
 
 
 NO_PENALTY = {"admm_penalty": "distance", "admm_rho": 0.0}  # with the rates of ours
@@ -17,6 +17,7 @@ SR_STE = {"srste_mask": "dynamic", "srste_decay": 2e-4}
 TWO_PHASES = {"num_calibration_samples": 0}
 # One phase and one schedule, at the rate of the others' first phase or at twice it, whichever does better.
 ONE_PHASE = {"admm_steps": 0.0, "srste_lr_multiplier": 1.0}
+DENSE_HALF = {"num_calibration_samples": CALIBRATION_SAMPLES, "admm_steps": DENSE_PHASE, "admm_rho": 0.0}
 LAYERWISE = ONE_PHASE | {"num_calibration_samples": CALIBRATION_SAMPLES}
 
 # Of these, phase 1 knows nothing: methods that differ in no other flag reach the switch with the same bits.
@@ -137,6 +138,13 @@ _ALL = (
         "`distill_teacher='switch'`: half of the run trains the dense model, which is pruned by layer-wise ADMM then, "
         "and teaches the rest; no steps on top",
         {"distill_teacher": "switch"},
+        stage=1,
+    ),
+    Method(
+        "dense_half",
+        "dense half, then ours",
+        "dense training for half of the run, then layer-wise ADMM and a fixed mask: ours where less than half is kept",
+        DENSE_HALF,
         stage=1,
     ),
     Method(
