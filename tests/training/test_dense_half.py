@@ -4,8 +4,10 @@ Trainer does around a training."""
 import pytest
 import torch
 from safetensors.torch import load_file
+from transformers import TrainerCallback
 
 from hf_admm import ADMMTrainer, audit_checkpoint
+from hf_admm.sparsity.projections import project
 from hf_admm.training.teachers import become
 from restarts import Breaks, Trials, out_of_memory, search
 from tiny_runs import STEPS, Recorder, assert_same_weights, prepare, train, weights
@@ -86,3 +88,27 @@ def test_a_checkpoint_of_the_dense_half_is_sparse_and_its_sidecar_dense(recipe, 
     assert beside and all(name.startswith("weight/") for name in beside)
     for name, weight in beside.items():
         assert torch.equal(weight, dense.seen[2][name.removeprefix("weight/")]), name
+
+
+def test_a_run_that_stops_in_the_dense_half_is_sparse(recipe, tiny_bert, token_data, tmp_path, caplog):
+    """Cut by size, as its evaluations were, and a warning says that it never trained so."""
+
+    class Stops(TrainerCallback):
+        def on_step_end(self, args, state, control, **kwargs):
+            control.should_training_stop = state.global_step == 3
+
+    dense = Recorder("on_step_end", lambda state, model, **_: weights(model))
+    trainer = train(tiny_bert(), token_data(), tmp_path, callbacks=[dense, Stops()], **recipe)
+    assert trainer.audit.ok and caplog.text.count("in phase 1, which has 6: phase 2 never ran") == 1
+    for name, target in trainer.sparsity.targets.items():
+        expected = project(dense.seen[2][name], trainer.args.pattern, target.transposed)
+        assert torch.equal(trainer.model.get_parameter(name), expected), name
+
+
+def test_processes_are_compared_in_both_halves(recipe, tiny_bert, token_data, tmp_path, monkeypatch):
+    compared, trainer = [], prepare(tiny_bert(), token_data(), tmp_path, **recipe)
+    monkeypatch.setattr(
+        type(trainer.sparsity.weights), "check_replicas", lambda *_: compared.append(trainer.state.global_step)
+    )
+    trainer.train()
+    assert set(compared) == set(range(STEPS))
