@@ -32,10 +32,17 @@ class PhaseCallback(TrainerCallback):
         at_switch (`Callable`, *optional*):
             Called with the weights, dense as yet, right before phase 2 begins. May prune them with the training data:
             it returns how much of each layer's output that changed.
+        rehearse (`Callable`, *optional*):
+            Called when training begins with a phase that such pruning ends: tries whether it can be done.
     """
 
-    def __init__(self, state: ADMMState, at_switch: Callable[[PrunedWeights], dict[str, float]] | None = None):
-        self.state, self.at_switch = state, at_switch
+    def __init__(
+        self,
+        state: ADMMState,
+        at_switch: Callable[[PrunedWeights], dict[str, float]] | None = None,
+        rehearse: Callable[[], None] | None = None,
+    ):
+        self.state, self.at_switch, self.rehearse = state, at_switch, rehearse
         self.loss_scale = 1.0  # of the step that is being taken
 
     def on_train_begin(self, args, state, control, model=None, optimizer=None, **kwargs):
@@ -46,6 +53,8 @@ class PhaseCallback(TrainerCallback):
         if self.state.resumed:
             self.state.resumed, self.state.at_switch = False, self.at_switch
             self.state.phase.resume(state.global_step, settings)
+            self._compare(state, settings.plan)
+            self._try(args)
             return
         selection = select_targets(model, args.pattern, args.include, args.exclude)
         self.state.reset(model, args.pattern, selection)
@@ -57,13 +66,29 @@ class PhaseCallback(TrainerCallback):
                 f"knows nothing. Prune it before the first step (admm_steps=0, num_calibration_samples="
                 f"{args.calibration_samples}), or take an optimizer that does not average."
             )
-        if args.trains_dense and not args.learns_from_switch and self.state.weights.obey():
+        if args.trains_dense and settings.plan.admm_steps and self.state.weights.obey():
+            rows = args.calibration_samples
+            without = f", or admm_steps=0 with num_calibration_samples={rows}" if not args.learns_from_switch else ""
             logger.warning(
                 f"The model obeys {args.pattern} already, and phase 1 will train it dense: its zeros do not stay, "
-                "others come at the switch. To keep them, set sparsity_pattern='own', or admm_steps=0 with "
-                f"num_calibration_samples={args.calibration_samples}."
+                f"others come at the switch. To keep them, set sparsity_pattern='own'{without}."
             )
         self.state.begin(settings)
+        self._try(args)
+
+    def _try(self, args) -> None:
+        if args.calibration_samples and self.state.phase.number == 1 and self.rehearse:
+            self.rehearse()
+
+    def _compare(self, state, plan) -> None:
+        """A checkpoint that was saved right before the switch is of phase 1 still."""
+        number, step = self.state.phase.number, state.global_step
+        if (step < plan.admm_steps) if number == 2 else (step > plan.admm_steps):
+            logger.warning(
+                f"The checkpoint at step {step} was saved in phase {number}. By the flags and the length of this run, "
+                f"phase 1 has {plan.admm_steps} of {plan.max_steps} steps: the run goes on in phase {number}, with a "
+                "learning rate that does not fit it. Resume with the flags and the length that it was saved with."
+            )
 
     def on_step_begin(self, args, state, control, **kwargs):
         if self.state.phase.prunes:
@@ -88,11 +113,14 @@ class PhaseCallback(TrainerCallback):
             return
         plan = args.phase_plan(state.max_steps)
         if state.global_step <= plan.admm_steps < state.max_steps and plan.admm_steps:  # it begins with a step
+            shorter = "a smaller admm_steps"
+            if args.trains_dense and not args.learns_from_switch:  # else another phase 1 would come of it
+                shorter += f" (with admm_rho=0 and num_calibration_samples={args.calibration_samples})"
             logger.warning(
                 f"Training ended after {state.global_step} of {state.max_steps} steps, in phase 1, which has "
                 f"{plan.admm_steps}: phase 2 never ran. The model is the projection of dense weights, and was not "
                 "trained with its zeros. Resume the last checkpoint, or train anew so that phase 2 comes before the "
-                "end: with fewer steps, a smaller admm_steps, or early stopping that waits for it."
+                f"end: with fewer steps, {shorter}, or evaluations that wait for it (eval_delay)."
             )
         self.state.finish()
 

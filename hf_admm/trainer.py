@@ -108,7 +108,7 @@ class ADMMTrainerMixin(
         self._announce()
         if not any(isinstance(callback, PhaseCallback) for callback in self.callback_handler.callbacks):
             # Right behind DefaultFlowCallback, which decides on logging: the user's callbacks see what ours did.
-            ours = [PhaseCallback(self.sparsity, self._at_switch), MetricsCallback(self.sparsity)]
+            ours = [PhaseCallback(self.sparsity, self._at_switch, self._rehearse), MetricsCallback(self.sparsity)]
             ours.append(PhaseProgressCallback(self.sparsity, self.callback_handler))
             self.callback_handler.callbacks[1:1] = ours
 

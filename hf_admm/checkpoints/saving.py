@@ -290,13 +290,13 @@ class SparseCheckpointsMixin:
                 rotate(best.parent, 1, [best])
 
     def _warn_of_dense_best(self) -> None:
-        """A dense model that is cut at once may beat by its loss what has overfitted since, and by nothing else."""
+        """A dense model that is cut at once may beat by its loss what has overfitted since, or by chance."""
         step, switch = self.state.best_global_step, self.args.phase_plan(self.state.max_steps).admm_steps
         if step is not None and 0 < step <= switch and not self.args.rho:
             logger.warning(
                 f"The best model is that of step {step}, in the dense phase, which has {switch}: the projection of "
-                "dense weights, not trained with its zeros. Judge by another metric_for_best_model than the loss, or "
-                "leave load_best_model_at_end away."
+                "dense weights, not trained with its zeros. Let evaluations begin after it (eval_delay), judge by "
+                "another metric_for_best_model than the loss, or leave load_best_model_at_end away."
             )
 
 

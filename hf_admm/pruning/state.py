@@ -67,8 +67,9 @@ class ADMMState:
         self.selection = selection
 
     def clear(self) -> None:
-        """Forgets all there was, and leaves the last model with its dense weights."""
+        """Forgets all there was, and leaves the last model with its dense weights, unpruned if they are remembered."""
         self.restore_dense()
+        self.weights.recall()
         self._let_go()
         self.__init__()
 
@@ -171,6 +172,7 @@ class ADMMState:
             self.weights.reshard()
             self.swapped.averages()
             self.phase.end()
+        self.weights.remembered = {}
         self._let_go()
         self.phase = Finished(self.weights)
 

@@ -59,6 +59,7 @@ class PrunedWeights:
         self.frozen_zeros = dict(frozen_zeros or {})
         self.masters = Masters()
         self.aside: dict[str, torch.Tensor] = {}  # W of those weights whose place in the model is taken
+        self.remembered: dict[str, torch.Tensor] = {}  # in CPU memory, for a training that begins anew
 
     @property
     def entries(self) -> int:
@@ -91,6 +92,19 @@ class PrunedWeights:
         local(parameter.detach()).copy_(scatter(whole, parameter))
         for master, part in self.masters.fragment(parameter, whole):
             master.copy_(part)
+
+    @torch.no_grad()
+    def remember(self) -> None:
+        """Keeps this process's part of each weight as it is, in CPU memory."""
+        self.remembered = {name: part.to("cpu", copy=True) for name, part in self.local()}
+
+    @torch.no_grad()
+    def recall(self) -> None:
+        """Puts back what is remembered, if anything is."""
+        for name, part in self.local():
+            if name in self.remembered:
+                part.copy_(self.remembered[name])
+        self.remembered = {}
 
     def whole_masks(self) -> Iterator[tuple[str, torch.Tensor, torch.Tensor, bool]]:
         """[`PrunedWeights.whole`] with the mask of each weight behind its tensor, where the pattern is their own."""

@@ -21,7 +21,7 @@ CARD_NAME = "README.md"
 BEGIN, END = "<!-- hf-admm: begin -->", "<!-- hf-admm: end -->"
 _MOST_KINDS = 40
 
-_CITATIONS = """\
+_ADMM_CITATION = """\
 ```bibtex
 @misc{wang2024admm,
     title = {{ADMM Based Semi-Structured Pattern Pruning Framework For Transformer}},
@@ -30,7 +30,9 @@ _CITATIONS = """\
     eprint = {2407.08334},
     archivePrefix = {arXiv}
 }
-
+```"""
+_SRSTE_CITATION = """\
+```bibtex
 @inproceedings{zhou2021learning,
     title = {{Learning N:M Fine-grained Structured Sparse Neural Networks From Scratch}},
     author = {Zhou, Aojun and Ma, Yukun and Zhu, Junnan and Liu, Jianbo and Zhang, Zhijie and Yuan, Kun and
@@ -198,13 +200,21 @@ def sparsity_section(facts: CardFacts) -> str:
         *_metrics(facts),
         "### How to load and to serve it",
         *_usage(facts),
-        "### Citation",
-        "The methods of the two phases:",
-        _CITATIONS,
+        *_citations(facts),
     ]
-    if "num_calibration_samples" in facts.flags:
-        parts += ["The weights were pruned by layer-wise ADMM:", _LAYERWISE_CITATION]
     return "\n\n".join(parts)
+
+
+def _citations(facts: CardFacts) -> list[str]:
+    """Of the methods by which the weights became sparse, as far as the run came."""
+    parts, ended = [], any(name != "phase 1" for name, _ in facts.phases)
+    if "num_calibration_samples" in facts.flags and ended:
+        parts += ["Pruning by layer-wise ADMM:", _LAYERWISE_CITATION]
+    if facts.flags.get("admm_rho", "0") != "0":
+        parts += ["Pruning by ADMM while the model is fine-tuned:", _ADMM_CITATION]
+    if facts.flags.get("srste_mask") == "dynamic" and ended:
+        parts += ["Training with a mask that moves:", _SRSTE_CITATION]
+    return ["### Citation", *parts] if parts else []
 
 
 def _kinds(kinds: list[LayerKind]) -> str:

@@ -53,9 +53,10 @@ class CalibrationMixin:
         except ValueError as error:
             args.can_not_calibrate = True
             if says:
+                reason = str(error).replace(TWO_PHASES_INSTEAD, "").strip()
                 logger.warning(
-                    f"By default, a model is pruned to {args.pattern} by its data. This run has two phases instead. "
-                    f"{error}"
+                    f"By default, a model is pruned to {args.pattern} by its data. This run has two phases instead: "
+                    f"{reason} prune_one_shot prunes before training with data of your own."
                 )
 
     def _refuse_rows_of(self, data) -> None:
@@ -70,17 +71,29 @@ class CalibrationMixin:
                 reason = f"The training data ({type(data).__name__}) are several data sets"
             raise ValueError(f"{reason}. {TWO_PHASES_INSTEAD}")
 
+    def _rehearse(self) -> None:
+        """
+        Sends a batch through the model as [`CalibrationMixin._calibrate`] will: what can't be done is said before
+        half of a run is over.
+        """
+        with as_it_was(self.model, self), same_randomness(self.model, self.args.device), torch.no_grad():
+            self._calibrating = True
+            self.model.eval()
+            self._calibration_forward(self._calibration_batches(self._calibration_batch_size)[0])
+
     def _calibrate(self, weights: PrunedWeights) -> dict[str, float]:
         """Prunes the weights, and returns how much of each layer's output was changed, by the name of the weight."""
         if weights.obey():
             logger.info(f"The model obeys {weights.pattern} already: its zeros stay.")
             return {}
+        if self.args.auto_find_batch_size:  # with less memory left from here on, a smaller one may begin anew
+            weights.remember()
         logger.info(f"Layer-wise ADMM with up to {self.args.calibration_samples} rows of the training set.")
         with as_it_was(self.model, self), same_randomness(self.model, self.args.device):
             self._calibrating = True
             errors = prune_in_blocks(
                 weights,
-                self._calibration_batches(),
+                self._calibration_batches(self.args.calibration_samples),
                 partial(_prune_alike, pattern=weights.pattern),
                 self._calibration_forward,
                 leaves_unreached=True,
@@ -93,9 +106,13 @@ class CalibrationMixin:
             )
         return errors
 
-    def _calibration_batches(self) -> list:
-        loader, most = self.callback_handler.train_dataloader, self.args.calibration_samples
-        size = max(1, self._train_batch_size // max(1, self.args.n_gpu))  # the one in force, if one is searched for
+    @property
+    def _calibration_batch_size(self) -> int:
+        return max(1, self._train_batch_size // max(1, self.args.n_gpu))  # the one in force, if one is searched for
+
+    def _calibration_batches(self, most: int) -> list:
+        """At most that many rows, in batches, or where the data are batches already, about so many of their rows."""
+        loader, size = self.callback_handler.train_dataloader, self._calibration_batch_size
         # A loader of the user's own may have neither.
         data = getattr(loader, "dataset", self.train_dataset)
         collate = getattr(loader, "collate_fn", self.data_collator)
@@ -107,13 +124,22 @@ class CalibrationMixin:
         if isinstance(data, IterableDataset):
             rows = list(data.take(most))
         else:
-            rows = [data[place] for place in evenly(most, len(data))]
+            rows = [self._row(data, place) for place in evenly(most, len(data))]
         if holds_batches:
             return [collate(row) for row in rows]
         parts = [rows[start : start + size] for start in range(0, len(rows), size)]
         if self.args.dataloader_drop_last and len(parts) > 1 and len(parts[-1]) < size:
             parts.pop()
         return [collate(part) for part in parts]
+
+    def _row(self, data, place: int):
+        try:
+            return data[place]
+        except Exception as error:
+            raise ValueError(
+                f"Row {place} of the training data ({type(data).__name__}) can't be looked up by its number: "
+                f"{type(error).__name__}: {error}. {TWO_PHASES_INSTEAD}"
+            ) from error
 
     def _calibration_forward(self, batch) -> None:
         """Only the passes through the model count: some models and trainers have no loss in evaluation mode."""

@@ -75,9 +75,11 @@ def test_the_card_of_a_run_is_valid_and_says_what_came_out(trained):
         f'model = BertForSequenceClassification.from_pretrained("{folder.name}")',
         f"hf-admm verify {folder.name}",
         "accelerate_inference(model)",
+        "eprint = {2407.08334}",
         "eprint = {2102.04010}",
     ):
         assert line in card.text, line
+    assert "2406.07831" not in card.text
     last = [log for log in trainer.state.log_history if "eval_accuracy" in log][-1]
     assert f"| `eval_accuracy` | {last['eval_accuracy']:.4f} | 0.8765 |" in card.text
     assert f"| `eval_loss` | {last['eval_loss']:.4f} | 0.2500 |" in card.text

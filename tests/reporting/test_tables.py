@@ -209,7 +209,8 @@ def test_a_run_that_is_pruned_before_it_trains(tiny_bert, token_data, tmp_path):
     assert f"training       12 steps: outputs of layers changed by {change:.0%} when pruned\n" in table
     trainer.create_model_card()
     card = (tmp_path / "README.md").read_text()
-    assert "eprint = {2406.07831}" in card and f"| `num_calibration_samples` | {by_default} |" in card
+    assert "eprint = {2406.07831}" in card and "2407.08334" not in card and "2102.04010" not in card
+    assert f"| `num_calibration_samples` | {by_default} |" in card
     args.num_calibration_samples = 8
     assert set_flags(args, STEPS)["num_calibration_samples"] == "8"
     args.srste_mask = "dynamic"

@@ -303,7 +303,7 @@ def phases_of(trainer):
 def test_a_default_that_can_not_be_has_two_phases_instead(tiny_bert, token_data, tmp_path, caplog):
     flags = {**BY_DEFAULT, "parts": {"eval_dataset": None}}
     trainer = train(tiny_bert(), Stream(token_data(128)), tmp_path, **flags)
-    said = "This run has two phases instead. The training data (Stream) has no rows that can be looked up."
+    said = "This run has two phases instead: The training data (Stream) has no rows that can be looked up."
     assert caplog.text.count(said) == 1
     assert phases_of(trainer) == {1, 2} and trainer.args.num_calibration_samples is None
     caplog.clear()

@@ -112,3 +112,63 @@ def test_processes_are_compared_in_both_halves(recipe, tiny_bert, token_data, tm
     )
     trainer.train()
     assert set(compared) == set(range(STEPS))
+
+
+@pytest.mark.parametrize("one_phase", [False, True])
+def test_a_smaller_batch_begins_with_what_was_there_before_the_pruning(one_phase, tiny_bert, token_data, tmp_path):
+    """Not with a pruned model, of which a dense half would make something else."""
+    flags = PLAIN | {"sparsity_pattern": "2:4" if one_phase else "1:4"}
+    dense = Recorder("on_step_end", lambda state, model, **_: weights(model))
+    starts = Recorder("on_train_begin", lambda state, model, **_: weights(model))
+    trainer = prepare(
+        tiny_bert(), token_data(), tmp_path, Breaks, callbacks=[dense, starts], auto_find_batch_size=True, **flags
+    )
+    trainer.error, trainer.at = out_of_memory(), 8
+    trainer.train()
+    if not one_phase:  # else it is pruned by then, anew
+        assert all(torch.equal(starts.seen[1][n], dense.seen[STEPS // 2 - 1][n]) for n in trainer.sparsity.targets)
+    assert any("admm/output_change" in log for log in trainer.state.log_history)
+    assert trainer.audit.ok and not trainer.sparsity.weights.remembered
+
+
+class Insists(ADMMTrainer):
+    """Has no loss but of training."""
+
+    def compute_loss(self, model, inputs, *args, **kwargs):
+        if not self.model.training:
+            raise KeyError("no loss in evaluation mode")
+        return super().compute_loss(model, inputs, *args, **kwargs)
+
+
+def test_what_can_not_be_done_at_the_switch_is_said_at_the_start(recipe, tiny_bert, token_data, tmp_path, caplog):
+    steps = Recorder("on_step_begin", lambda state, **_: state.global_step)
+    with pytest.raises(KeyError, match="no loss in evaluation mode"):
+        train(tiny_bert(), token_data(), tmp_path, Insists, callbacks=[steps], **recipe)
+    assert steps.seen == [] and "failed on them in evaluation mode, before it called the model" in caplog.text
+
+    class Pairs(list):
+        def __getitem__(self, place):
+            return super().__getitem__(place[0])
+
+    with pytest.raises(ValueError, match=r"Row 0 of the training data \(Pairs\) can't be looked up by its number"):
+        train(tiny_bert(), Pairs(token_data()), tmp_path, callbacks=[steps], parts={"eval_dataset": None}, **recipe)
+    assert steps.seen == []
+
+
+def test_a_checkpoint_that_does_not_fit_the_length_is_named(recipe, tiny_bert, token_data, tmp_path, caplog):
+    train(tiny_bert(), token_data(), tmp_path, save_strategy="steps", save_steps=3, **recipe)
+    for step, length, phase in ((9, 30, 2), (6, 8, 1)):
+        checkpoint = str(tmp_path / f"checkpoint-{step}")
+        for flags, fits in ({}, True), ({"max_steps": length}, False):
+            caplog.clear()
+            trainer = prepare(tiny_bert(), token_data(), tmp_path / "again", **recipe | flags)
+            trainer.train(resume_from_checkpoint=checkpoint)
+            said = f"The checkpoint at step {step} was saved in phase {phase}. By the flags and the length of this run"
+            assert (said in caplog.text) is not fits and trainer.audit.ok
+
+
+def test_zeros_that_a_teacher_of_the_switch_costs_are_warned_of(tiny_bert, token_data, tmp_path, caplog):
+    model = train(tiny_bert(), token_data(), tmp_path, **PLAIN, sparsity_pattern="2:4").model
+    train(model, token_data(), tmp_path, **RECIPES["taught"])
+    assert caplog.text.count("The model obeys 2:4 already, and phase 1 will train it dense") == 1
+    assert "set sparsity_pattern='own'." in caplog.text
