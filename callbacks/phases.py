@@ -54,7 +54,7 @@ class PhaseCallback(TrainerCallback):
             self.state.resumed, self.state.at_switch = False, self.at_switch
             self.state.phase.resume(state.global_step, settings)
             self._compare(state, settings.plan)
-            self._try(args)
+            self._try(args, settings.plan)
             return
         selection = select_targets(model, args.pattern, args.include, args.exclude)
         self.state.reset(model, args.pattern, selection)
@@ -74,10 +74,11 @@ class PhaseCallback(TrainerCallback):
                 f"others come at the switch. To keep them, set sparsity_pattern='own'{without}."
             )
         self.state.begin(settings)
-        self._try(args)
+        self._try(args, settings.plan)
 
-    def _try(self, args) -> None:
-        if args.calibration_samples and self.state.phase.number == 1 and self.rehearse:
+    def _try(self, args, plan) -> None:
+        ahead = self.state.phase.number == 1 and plan.admm_steps < plan.max_steps
+        if ahead and args.calibration_samples and self.rehearse:
             self.rehearse()
 
     def _compare(self, state, plan) -> None:

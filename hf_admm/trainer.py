@@ -152,6 +152,7 @@ class ADMMTrainerMixin(
         except BaseException:
             # An error or a keyboard interrupt in the middle of a step of phase 2 comes while the weights are masked.
             self.sparsity.restore_dense()
+            self.sparsity.weights.remembered = {}  # what the user makes of the model from here on is to stay
             raise
         if self.sparsity.finished:
             self._audit()

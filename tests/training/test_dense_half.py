@@ -131,6 +131,15 @@ def test_a_smaller_batch_begins_with_what_was_there_before_the_pruning(one_phase
     assert trainer.audit.ok and not trainer.sparsity.weights.remembered
 
 
+def test_an_error_that_ends_the_run_leaves_no_copy(tiny_bert, token_data, tmp_path):
+    """It would overwrite what the user puts into the model before another training."""
+    trainer = prepare(tiny_bert(), token_data(), tmp_path, Breaks, auto_find_batch_size=True, **RECIPES["pruned"])
+    trainer.error, trainer.at = KeyboardInterrupt(), 8
+    with pytest.raises(KeyboardInterrupt):
+        trainer.train()
+    assert not trainer.sparsity.weights.remembered
+
+
 class Insists(ADMMTrainer):
     """Has no loss but of training."""
 
@@ -145,6 +154,14 @@ def test_what_can_not_be_done_at_the_switch_is_said_at_the_start(recipe, tiny_be
     with pytest.raises(KeyError, match="no loss in evaluation mode"):
         train(tiny_bert(), token_data(), tmp_path, Insists, callbacks=[steps], **recipe)
     assert steps.seen == [] and "failed on them in evaluation mode, before it called the model" in caplog.text
+    if "distill_teacher" not in recipe:  # there is no switch, so nothing has to be tried
+        train(
+            tiny_bert(),
+            token_data(),
+            tmp_path,
+            Insists,
+            **recipe | {"admm_steps": STEPS, "admm_rho": 0, "num_calibration_samples": 8},
+        )
 
     class Pairs(list):
         def __getitem__(self, place):
