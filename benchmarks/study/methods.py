@@ -142,7 +142,7 @@ _ALL = (
     ),
     Method(
         "dense_half",
-        "dense half, then ours",
+        "ours after a dense half",
         "dense training for half of the run, then layer-wise ADMM and a fixed mask: ours where less than half is kept",
         DENSE_HALF,
         stage=1,

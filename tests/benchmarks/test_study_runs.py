@@ -222,6 +222,7 @@ def test_every_method_leaves_a_line(method, place):
         "ours_teacher",
         "two_phases_teacher",
         "self_taught",
+        "dense_half",
         "rho0",
         "admm_fixed",
         "asp",
