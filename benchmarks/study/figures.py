@@ -9,6 +9,7 @@ from scipy import stats
 
 
 LEVEL = 0.95
+_ROUNDING = 1e-9
 DENSE = ("dense", "dense_averaged", "dense_linear")
 
 
@@ -23,7 +24,8 @@ class Estimate:
         error (`float`, *optional*):
             Its standard error; `None` for a single value.
         low, high (`float`, *optional*):
-            Bounds of the 95 % interval by Student's t; `None` for a single value.
+            Bounds of the 95 % interval by Student's t; `None` for a single value, and for two that are equal:
+            where few rows judge, chance makes such.
         count (`int`):
             How many values.
     """
@@ -49,7 +51,10 @@ def estimate(values: Sequence[float]) -> Estimate | None:
     if len(values) == 1:
         return Estimate(values[0], None, None, None, 1)
     error = float(stats.sem(values))
-    low, high = stats.t.interval(LEVEL, len(values) - 1, mean(values), error) if error else (mean(values),) * 2
+    equal = error < _ROUNDING
+    if equal and len(values) == 2:
+        return Estimate(mean(values), error, None, None, 2)
+    low, high = (mean(values),) * 2 if equal else stats.t.interval(LEVEL, len(values) - 1, mean(values), error)
     return Estimate(mean(values), error, float(low), float(high), len(values))
 
 

@@ -25,6 +25,8 @@ def test_estimate_of_one_value_has_no_interval():
 def test_estimate_of_equal_values_has_a_point():
     found = estimate([2.0, 2.0, 2.0])
     assert (found.low, found.mean, found.high, found.error) == (2, 2, 2, 0)
+    two = estimate([0.92, 0.92 + 1e-14])
+    assert two.low is two.high is None and two.verdict() == "no interval", "of two, chance makes them equal"
 
 
 @pytest.mark.parametrize(
