@@ -53,7 +53,8 @@ def short_table(lines: Sequence[dict]) -> str:
         return EMPTY.strip()
     metrics = {line["task"]: line["metric"] for line in study.lines}
     found = [("none", study.reference)] if study.reference else []
-    found += [(pattern, name) for pattern in study.patterns for name in _sorted(study.methods(pattern))]
+    others = [(pattern, name) for pattern in study.patterns for name in _sorted(study.methods(pattern))]
+    found += sorted(others, key=lambda item: item[1] != OURS)  # of every pattern, whatever else there is no room for
     if len(found) > README_ROWS:
         found = [(pattern, name) for pattern, name in found if len(study.values(name, pattern)) > 1]
     rows = [f"| | {' | '.join(f'{task} ({metrics[task]})' for task in study.tasks)} | share of dense |"]

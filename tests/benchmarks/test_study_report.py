@@ -117,6 +117,8 @@ def test_short_table_has_at_most_so_many_rows(lines, make_line, monkeypatch):
     lines += [make_line(name, 0.5, "mrpc", 1) for name in METHODS]
     text = report.short_table(lines)
     assert text.splitlines()[0] == "| | cola (accuracy) | mrpc (accuracy) | share of dense |"
+    first = [line.split(" | ")[0] for line in text.splitlines()[2:5]]
+    assert first[0] == "| dense" and all(line.startswith("| ours, ") for line in first[1:2])
     assert "| ASP, 2:4 | " in text and "95 % intervals" in text and "2 tasks of GLUE, 3 seeds" in text
     assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 4, "those of one run are left out"
     more = [make_line(name, 0.5, "mrpc", 2) for name in METHODS if name not in ("dense", "ours", "asp", "rho0")]

@@ -100,6 +100,11 @@ def test_a_run_that_stops_in_the_dense_half_is_sparse(recipe, tiny_bert, token_d
     dense = Recorder("on_step_end", lambda state, model, **_: weights(model))
     trainer = train(tiny_bert(), token_data(), tmp_path, callbacks=[dense, Stops()], **recipe)
     assert trainer.audit.ok and caplog.text.count("in phase 1, which has 6: phase 2 never ran") == 1
+    keeps = "a smaller admm_steps (with admm_rho=0 and num_calibration_samples=1024), or evaluations that wait"
+    assert (keeps in caplog.text) is ("distill_teacher" not in recipe), "there admm_steps alone keeps the method"
+    trainer.create_model_card()
+    card = (tmp_path / "README.md").read_text()
+    assert "## Sparsity" in card and "### Citation" not in card, "no method was used to the end"
     for name, target in trainer.sparsity.targets.items():
         expected = project(dense.seen[2][name], trainer.args.pattern, target.transposed)
         assert torch.equal(trainer.model.get_parameter(name), expected), name
@@ -162,6 +167,14 @@ def test_what_can_not_be_done_at_the_switch_is_said_at_the_start(recipe, tiny_be
             Insists,
             **recipe | {"admm_steps": STEPS, "admm_rho": 0, "num_calibration_samples": 8},
         )
+
+    train(tiny_bert(), token_data(), tmp_path / "run", save_strategy="steps", save_steps=3, **recipe)
+    resumed = prepare(tiny_bert(), token_data(), tmp_path / "run", Insists, **recipe)
+    steps.seen.clear()
+    resumed.add_callback(steps)
+    with pytest.raises(KeyError, match="no loss in evaluation mode"):
+        resumed.train(resume_from_checkpoint=str(tmp_path / "run" / "checkpoint-3"))
+    assert steps.seen == []
 
     class Pairs(list):
         def __getitem__(self, place):
