@@ -46,7 +46,8 @@ class Method:
         flags (`dict`, *optional*):
             Flags of `ADMMTrainingArguments` that differ from ours.
         kind (`str`, *optional*, defaults to `"ours"`):
-            How it trains: `"ours"` (ADMMTrainer), the same after `"sparsegpt"`, `"dense"` or `"pat"`.
+            How it trains: `"ours"` (ADMMTrainer), the same after `"sparsegpt"`, with SparseGPT where it prunes by the
+            data (`"sparsegpt_in_run"`), `"dense"` or `"pat"`.
         rates (`tuple[float, ...]`, *optional*, defaults to `(1.0,)`):
             The learning rates to try, as multiples of the task's. The best by its mean over seeds is reported.
         stage (`int`, *optional*, defaults to 2):
@@ -175,6 +176,12 @@ _ALL = (
         ONE_PHASE | FIXED_MASK,
         kind="sparsegpt",
         rates=_TWO,
+    ),
+    Method(
+        "ours_sparsegpt",
+        "ours, by SparseGPT",
+        "ours, but that SparseGPT prunes the layers, by the same rows and at the same step",
+        kind="sparsegpt_in_run",
     ),
     Method(
         "layerwise",

@@ -42,6 +42,13 @@ class TwoSegmentTrainer(Trainer):
         return super().create_scheduler(num_training_steps, optimizer)
 
 
+class SparseGPTTrainer(ADMMTrainer):
+    """Ours, but for what a layer is pruned by: SparseGPT in the place of layer-wise ADMM."""
+
+    def _prune_layer(self, weight: torch.Tensor, moments: torch.Tensor, pattern: NMPattern) -> torch.Tensor:
+        return sparsegpt.prune(weight, moments, pattern.kept, pattern.group_size)
+
+
 def learning_rates(args: ADMMTrainingArguments, steps: int) -> list[float]:
     """The learning rate of each step of a run of that length, as a share of the peak of its first phase."""
     optimizer = torch.optim.SGD([torch.zeros(1)], lr=1.0)
@@ -140,7 +147,7 @@ def build(
     Raises:
         `ValueError`: If the method knows nothing of the pattern.
     """
-    if method.kind in ("pat", "sparsegpt") and not isinstance(parse_pattern(pattern), NMPattern):
+    if method.kind in ("pat", "sparsegpt", "sparsegpt_in_run") and not isinstance(parse_pattern(pattern), NMPattern):
         raise ValueError(f"{method.title} prunes to N:M, not to {pattern!r}.")
     if method.kind in ("dense", "pat"):
         args = ADMMTrainingArguments(**arguments | {"sparsity_pattern": "none"})
@@ -160,7 +167,8 @@ def build(
         targets = select_targets(model, args.pattern, args.include, args.exclude).targets
         prune = partial(sparsegpt.prune, kept=args.pattern.kept, group=args.pattern.group_size)
         prune_in_blocks(PrunedWeights(model, args.pattern, targets), rows, prune)
-    trainer = ADMMTrainer(model=model, args=args, **parts)
+    kind = SparseGPTTrainer if method.kind == "sparsegpt_in_run" else ADMMTrainer
+    trainer = kind(model=model, args=args, **parts)
     observer = Observer(saves, before)
     trainer.add_callback(observer)
     observer.log = trainer.log

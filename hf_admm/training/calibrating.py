@@ -94,7 +94,7 @@ class CalibrationMixin:
             errors = prune_in_blocks(
                 weights,
                 self._calibration_batches(self.args.calibration_samples),
-                partial(_prune_alike, pattern=weights.pattern),
+                partial(self._prune_layer, pattern=weights.pattern),
                 self._calibration_forward,
                 leaves_unreached=True,
                 enough=CALIBRATION_TOKENS if self.args.num_calibration_samples is None else None,
@@ -105,6 +105,13 @@ class CalibrationMixin:
                 f"size: {', '.join(left)}. Parts of nn.MultiheadAttention and unused experts are such."
             )
         return errors
+
+    def _prune_layer(self, weight: torch.Tensor, moments: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:
+        """Layer-wise ADMM, to the same bits on every process: those of the first."""
+        pruned = prune_layer(weight, moments, pattern).contiguous()
+        if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
+            distributed.broadcast(pruned, 0)
+        return pruned
 
     @property
     def _calibration_batch_size(self) -> int:
@@ -163,11 +170,3 @@ class CalibrationMixin:
     def log(self, *args, **kwargs) -> None:
         if not self._calibrating:
             super().log(*args, **kwargs)
-
-
-def _prune_alike(weight: torch.Tensor, moments: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:
-    """Layer-wise ADMM, to the same bits on every process: those of the first."""
-    pruned = prune_layer(weight, moments, pattern).contiguous()
-    if distributed.is_available() and distributed.is_initialized() and distributed.get_world_size() > 1:
-        distributed.broadcast(pruned, 0)
-    return pruned

@@ -97,7 +97,7 @@ def test_what_is_missing_is_said(lines, make_line):
     missing = text[text.index("## What is missing") :]
     never = "dense, averaged, dense, one schedule, ADMM, SR-STE, ours with a teacher, ADMM, SR-STE with a teacher"
     never += ", taught by its phase 1, ours after a dense half, ADMM, fixed mask, SparseGPT, fixed mask"
-    never += ", layer-wise ADMM, fixed mask"
+    never += ", ours, by SparseGPT, layer-wise ADMM, fixed mask"
     assert f"Never run: {never}, layer-wise ADMM, SR-STE, PAT." in missing
     assert "Not run: ours at 1:4: cola seeds 1, 2, 3; mrpc seeds 2, 3." in missing
     assert "Undefined metric: ours, cola, seed 1." in missing

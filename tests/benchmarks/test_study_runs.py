@@ -181,6 +181,26 @@ def test_kinds_of_trainers(tiny_bert, token_data, tmp_path):
     assert not torch.equal(pruned[pruned != 0], start[pruned != 0]), "what is left was not moved"
 
 
+@pytest.mark.parametrize(("pattern", "most"), [("2:4", 1), ("1:4", 2)])
+def test_ours_by_sparsegpt_differs_in_how_a_layer_is_pruned_alone(pattern, most, tiny_bert, token_data, tmp_path):
+    """Before the first step, or after a dense half; a learning rate of 0 shows what was pruned."""
+    args = {"output_dir": str(tmp_path), "use_cpu": True, "report_to": "none", "max_steps": most, "learning_rate": 0.0}
+
+    data = token_data(64)
+
+    def pruned(name):
+        trainer = build(METHODS[name], pattern, args, tiny_bert(), None, train_dataset=data, eval_dataset=data)
+        trainer.train()
+        return weights(trainer.model)["bert.encoder.layer.0.attention.self.query.weight"]
+
+    encode = lambda rows: {"input_ids": torch.stack([data[row]["input_ids"] for row in rows])}  # noqa: E731
+    first = build(METHODS["sparsegpt"], pattern, args, tiny_bert(), encode, train_dataset=data).model
+    expected = weights(first)["bert.encoder.layer.0.attention.self.query.weight"]
+    assert torch.equal(pruned("ours_sparsegpt") == 0, expected == 0)
+    assert torch.allclose(pruned("ours_sparsegpt"), expected, atol=1e-5)
+    assert not torch.equal(pruned("ours") == 0, expected == 0)
+
+
 def test_rivals_of_n_m_alone_refuse_other_patterns(tiny_bert):
     with pytest.raises(ValueError, match="PAT prunes to N:M, not to '4x4:8'"):
         build(METHODS["pat"], "4x4:8", {}, tiny_bert(), None)
@@ -226,6 +246,7 @@ def test_every_method_leaves_a_line(method, place):
         "rho0",
         "admm_fixed",
         "asp",
+        "ours_sparsegpt",
     }
     assert (line["phase_1"] is not None) == (method in with_phase_1)
     assert line["arguments"].get("distill_teacher") == ("switch" if method == "self_taught" else None)
