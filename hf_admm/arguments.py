@@ -185,8 +185,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={
             "help": "Rows of the training set with which layer-wise ADMM prunes at the switch to phase 2 (before the "
-            "first step if admm_steps is 0); 0 for the mask of the weights' size. By default 1024, and 0 if a flag of "
-            "phase 1 is given."
+            "first step if admm_steps is 0); 0 for the mask of the weights' size. By default 1024, and 0 if "
+            "admm_steps, admm_penalty, admm_rho, admm_update_steps or admm_lr_scheduler_type is given."
         },
     )
     srste_mask: str | None = field(
@@ -200,14 +200,15 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
         default=None,
         metadata={
             "help": "Decay of the pruned weights in phase 2, SR-STE's lambda. By default 2e-4; after admm_penalty "
-            "'distance' they shrink on as at its end."
+            "'distance' they shrink on as at its end, and where the mask is fixed it is 0."
         },
     )
     srste_lr_multiplier: float | None = field(
         default=None,
         metadata={
             "help": "Peak learning rate of phase 2, as a multiple of learning_rate. By default 2 for admm_penalty "
-            "'distance', 1 for the others; without a phase 1, 1 where the pattern keeps half or more."
+            "'distance', 1 for the others; pruned by the data before training or after a dense half, 1 where the "
+            "pattern keeps half or more."
         },
     )
     mask_update_steps: int | None = field(

@@ -290,8 +290,9 @@ class ADMMTrainerMixin(
 
 class ADMMTrainer(ADMMTrainerMixin, Trainer):
     """
-    [`~transformers.Trainer`] that fine-tunes a transformer to a sparsity pattern: ADMM, then SR-STE. Takes what
-    `Trainer` takes, with [`ADMMTrainingArguments`] as `args`.
+    [`~transformers.Trainer`] that fine-tunes a transformer to a sparsity pattern: pruned by its data before training
+    or after a dense half, or in two phases, ADMM and SR-STE. Takes what `Trainer` takes, with
+    [`ADMMTrainingArguments`] as `args`.
 
     Raises:
         `ValueError`: If no layer matches, the pattern does not fit one, the model is quantized, or the backend is not

@@ -113,7 +113,8 @@ def assert_sensible(args, max_steps):
     assert sum(plan.segments) == max_steps and all(plan.segments)
     assert args.mask_mode == "dynamic" or plan.freeze_step == plan.admm_steps
     assert args.calibration_samples == 0 or args.is_sparse and args.calibration_samples > 0
-    phase_1 = args.admm_steps is not None or args.trains_dense
+    given = ("admm_steps", "admm_penalty", "admm_rho", "admm_update_steps", "admm_lr_scheduler_type")
+    phase_1 = args.trains_dense or any(getattr(args, name) is not None for name in given)
     assert args.calibration_samples == 0 or phase_1 or plan.admm_steps == 0
     settings = args.phase_settings(max_steps)
     assert settings.update_steps >= 1 and (settings.decay is None or settings.decay >= 0)

@@ -64,11 +64,19 @@ def short_table(lines: Sequence[dict]) -> str:
         cells = [_metric(estimate(study.values(name, pattern, task).values())) for task in study.tasks]
         cells.append("" if dense else _share(study.share(name, pattern)))
         rows.append(f"| {title if dense else f'{title}, {pattern}'} | {' | '.join(cells)} |")
-    counted = [len(study.cell(name, pattern, task)) for pattern, name in found for task in study.tasks]
+    counted = [
+        len({seed for _, seed, _ in study.cell(name, pattern, task)})
+        for pattern, name in found
+        for task in study.tasks
+    ]
     least, most = min(filter(None, counted)), max(counted)
     seeds = f"{least} to {most} seeds a figure" if least < most else _seeds(study)
+    if len({line["arguments"]["bf16"] for line in study.lines}) > 1:
+        seeds += ", some in float32 and bf16"
     counts = f"{len(study.tasks)} tasks of GLUE, {seeds}"
-    note = f"{counts}, equal optimizer steps; in brackets 95 % intervals. [All results](docs/results.md)."
+    two = f"*{METHODS['two_phases'].title}* are the [two phases](docs/guide.md#two-phases-in-a-picture)"
+    note = f"*Ours* is the default; {two}. {counts}, equal optimizer steps; in brackets 95 % intervals. "
+    note += "[All results](docs/results.md)."
     return "\n".join([*rows, "", note])
 
 
@@ -122,9 +130,10 @@ def _about(study: Study) -> list[str]:
         f"{precision}; {len(study.lines)} runs, {hours:.1f} hours; {'; '.join(machines)}; {'; '.join(versions)}; "
         f"{dates[0]} to {dates[-1]}. Each figure is that of the saved model as plain `from_pretrained` loads it.",
         "",
-        "± is the standard error over seeds. Differences and shares are paired by task, seed and precision, with 95 % "
-        "intervals of Student's t over all pairs; what has no interval is no claim. A method that was run at several "
-        "learning rates has its best one, by the mean over seeds on the very data that judges. Dense is "
+        "± is the standard error over seeds and precisions. Differences and shares are paired by task, seed and "
+        "precision, with 95 % intervals of Student's t over all pairs; what has no interval is no claim. A method that "
+        "was run at several learning rates has its best one, by the mean over seeds on the very data that judges. "
+        "Dense is "
         f"{METHODS[study.reference].title if study.reference else 'missing'}.",
     ]
     if sources > 1:

@@ -81,9 +81,9 @@ class DerivedFlags:
             return True
         if not self.calibration_samples:
             return False
-        if self.admm_steps is None:
+        if self.admm_steps is None and self.admm_rho is None:
             return self.pattern.density < FEW and not self.swaps_weights
-        return self.admm_rho == 0 and self.admm_steps > 0
+        return self.admm_rho == 0 and self.admm_steps != 0
 
     @property
     def lr_multiplier(self) -> float:
@@ -104,11 +104,15 @@ class DerivedFlags:
             return 0
         if self.num_calibration_samples is not None:
             return self.num_calibration_samples
-        of_phase_1 = (self.admm_steps, self.admm_penalty, self.admm_rho, self.admm_update_steps)
-        asked = any(flag is not None for flag in (*of_phase_1, self.admm_lr_scheduler_type))
+        asked = self.admm_steps is not None or self._asks_for_phase_1
         if self.can_not_calibrate or (not self.trains_dense if self.learns_from_switch else asked):
             return 0
         return CALIBRATION_SAMPLES
+
+    @property
+    def _asks_for_phase_1(self) -> bool:
+        of_phase_1 = (self.admm_penalty, self.admm_rho, self.admm_update_steps, self.admm_lr_scheduler_type)
+        return any(flag is not None for flag in of_phase_1)
 
     @property
     def phase_1_length(self) -> float:
@@ -117,7 +121,8 @@ class DerivedFlags:
             return self.admm_steps
         if self.trains_dense:
             return DENSE_PHASE
-        return 0 if self.calibration_samples and not self.learns_from_switch else PHASE_1
+        first = self.calibration_samples and not self._asks_for_phase_1 and not self.learns_from_switch
+        return 0 if first else PHASE_1
 
     @property
     def mask_mode(self) -> str:

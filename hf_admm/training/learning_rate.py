@@ -83,8 +83,8 @@ def warn_of_unused_flags(args) -> None:
     elif args.trains_dense:
         logger.warning(
             "The learning-rate scheduler that was passed runs through the dense phase and the sparse one as it is: if "
-            "it decays, little is left for the second. For a schedule in each pass no scheduler, and set "
-            "lr_scheduler_type."
+            "it decays, little is left for the second. For a schedule in each phase pass no scheduler, and "
+            "set lr_scheduler_type."
         )
 
 

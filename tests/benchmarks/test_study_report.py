@@ -123,6 +123,8 @@ def test_short_table_has_at_most_so_many_rows(lines, make_line, monkeypatch):
     text = report.short_table(lines + more)
     assert sum(line.startswith("| ") for line in text.splitlines()) == 2 + 8
     assert "2 tasks of GLUE, 2 to 3 seeds a figure" in text
+    both = [{**lines[0], "arguments": {**lines[0]["arguments"], "bf16": not lines[0]["arguments"]["bf16"]}}]
+    assert "2 to 3 seeds a figure, some in float32 and bf16" in report.short_table([*lines, *more, *both])
     monkeypatch.setattr(report, "README_ROWS", 3)
     assert sum(line.startswith("| ") for line in report.short_table(lines).splitlines()) == 2 + 3
 

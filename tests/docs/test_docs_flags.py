@@ -80,14 +80,17 @@ def test_the_learning_rate_of_a_pruned_model_is_as_said(tmp_path):
     assert switched.lr_multiplier == PENALTIES["distance"].lr_multiplier
 
 
-@pytest.mark.parametrize("flags", [{"admm_steps": 0.5}, {"admm_penalty": "distance"}, {"admm_rho": 0.0}])
+@pytest.mark.parametrize(
+    "flags", [{"admm_steps": 0.5}, {"admm_penalty": "distance"}, {"admm_rho": 0.0}, {"admm_update_steps": 4}]
+)
 def test_a_flag_of_phase_1_asks_for_it_as_said(flags, tmp_path):
     args = ADMMTrainingArguments(str(tmp_path), sparsity_pattern="1:4", **flags)
     assert args.calibration_samples == 0 and args.phase_1_length == flags.get("admm_steps", 0.6)
     assert args.mask_mode == "dynamic"
     both = ADMMTrainingArguments(str(tmp_path), sparsity_pattern="2:4", num_calibration_samples=8, **flags)
     assert both.calibration_samples == 8 and both.mask_mode == "fixed"
-    assert both.phase_1_length == flags.get("admm_steps", 0)
+    assert both.phase_1_length == (0.5 if both.trains_dense else flags.get("admm_steps", 0.6))
+    assert both.trains_dense is ("admm_rho" in flags)
 
 
 def test_the_start_of_the_pull_is_that_of_the_code():

@@ -141,6 +141,8 @@ def test_where_less_is_kept_flags_change_the_dense_half(tiny_bert, token_data, t
     longer = {"num_calibration_samples": 1024, "admm_steps": 0.7, "admm_rho": 0}
     assert phases(**longer) == (0.7, 0, 1024, "fixed", 2.0)
     assert phases(**longer, sparsity_pattern="2:4") == (0.7, 0, 1024, "fixed", 1.0)
+    assert phases(num_calibration_samples=8, admm_rho=0, sparsity_pattern="2:4") == (0.5, 0, 8, "fixed", 1.0)
+    assert phases(num_calibration_samples=8, admm_penalty="distance") == (0.6, 16.0, 8, "fixed", 2.0)
     assert phases(num_calibration_samples=0) == phases(admm_steps=0.6) == (0.6, 16.0, 0, "dynamic", 2.0)
     assert phases(srste_decay=1e-3) == (0.5, 0.0, 1024, "dynamic", 2.0)
     # Weights that are averaged know nothing of what is pruned at the switch.
