@@ -131,8 +131,8 @@ def page(result: dict) -> str:
         "# Activation maps",
         "",
         f"Written by `{about['command']}` from {about['rows']} dev rows of {about['task']} at {about['pattern']}, "
-        f"seed {about['seed']}, torch {about['machine']['torch']}: one run each, so that differences between models "
-        "hold for these runs and no more is claimed.",
+        f"seed {about['seed']}, torch {about['machine']['torch']}: one run each, the sparse ones in two phases, so "
+        "that differences between models hold for these runs and no more is claimed.",
         "",
         "A map is the input of a pruned layer, tokens by features, without padding: what its weight multiplies. "
         f"Query, key and value share theirs. *Near zero* is below {about['near']:g} of the root mean square of that "

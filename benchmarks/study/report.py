@@ -131,9 +131,9 @@ def _about(study: Study) -> list[str]:
         f"{dates[0]} to {dates[-1]}. Each figure is that of the saved model as plain `from_pretrained` loads it.",
         "",
         "± is the standard error over seeds and precisions. Differences and shares are paired by task, seed and "
-        "precision, with 95 % intervals of Student's t over all pairs; what has no interval is no claim. A method that "
-        "was run at several learning rates has its best one, by the mean over seeds on the very data that judges. "
-        "Dense is "
+        "precision, with 95 % intervals of Student's t over all pairs; what has no interval is no claim. A method "
+        "that was run at several learning rates has its best one, by the mean over seeds on the very data that "
+        "judges. Dense is "
         f"{METHODS[study.reference].title if study.reference else 'missing'}.",
     ]
     if sources > 1:
