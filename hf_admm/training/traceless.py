@@ -31,11 +31,13 @@ def same_randomness(model: nn.Module, device: torch.device):
 def as_it_was(model: nn.Module, trainer: object):
     """
     Takes back what forward passes do to a model, and to the trainer that prepares its inputs: statistics in buffers
-    and in parameters that are not trained, counters, lists, modes.
+    and in parameters that are not trained, counters, lists, modes, hooks (transformers leaves those that collect
+    hidden states, and a mark that they are there).
     """
     owners = [trainer, *model.modules()]
     modules = [(module, dict(module._buffers)) for module in model.modules()]
     attributes = [(owner, _attributes(owner)) for owner in owners]
+    hooks = [(table, set(table)) for module in model.modules() for table in (vars(module)[name] for name in _HOOKS)]
     contents = [
         (inner, _copied(inner)) for _, held in attributes for value in held.values() for inner in _within(value)
     ]
@@ -50,6 +52,9 @@ def as_it_was(model: nn.Module, trainer: object):
             for name in _attributes(owner).keys() - held.keys():
                 del vars(owner)[name]
             vars(owner).update(held)
+        for table, held in hooks:
+            for key in table.keys() - held:
+                del table[key]
         for value, content in contents:
             _restore(value, content)
         with torch.no_grad():
@@ -60,6 +65,7 @@ def as_it_was(model: nn.Module, trainer: object):
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
+_HOOKS = [name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)]
 
 
 def _attributes(owner: object) -> dict[str, object]:
