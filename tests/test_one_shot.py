@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import nn
-from transformers import BertForSequenceClassification
+from transformers import BertForSequenceClassification, BertModel
 
 from hf_admm import (
     ADMMTrainer,
@@ -19,7 +19,7 @@ from hf_admm import (
 )
 from hf_admm.audit import audit_weights
 from hf_admm.one_shot import OneShotReport
-from hf_admm.pruning.calibration import InputMoments, evenly, prune_in_blocks
+from hf_admm.pruning.calibration import InputMoments, _block, evenly, prune_in_blocks
 from hf_admm.pruning.layerwise import prune_layer
 from hf_admm.pruning.weights import PrunedWeights
 from layer_inputs import data, moments_of
@@ -230,3 +230,39 @@ def test_user_errors():
     with pytest.raises(ValueError, match="There is no batch"):
         prune_one_shot(Blocks(), [])
     assert OneShotReport(parse_pattern("2:4"), {"w": 0.25}).table().splitlines()[1].split() == ["w", "25.0%"]
+
+
+def test_a_model_within_another_is_pruned_in_the_blocks_that_it_has_alone(tiny_bert, token_data):
+    """To the same bits: the place in a sequence, as of Sentence Transformers, is no block."""
+    alone, batches = tiny_bert(model_class=BertModel), batches_of(token_data(24))
+
+    class First(nn.Sequential):
+        def forward(self, input_ids):
+            return self[1](self[0](input_ids).last_hidden_state)
+
+    within = First(tiny_bert(model_class=BertModel), nn.Linear(16, 2))
+    prune_one_shot(alone, batches, "2:4")
+    prune_one_shot(within, batches, "2:4")
+    for name, weight in alone.named_parameters():
+        assert torch.equal(within[0].get_parameter(name), weight), name
+
+
+def test_blocks_are_found_in_stages_and_around_parts_and_experts(tiny_bert):
+    model = nn.ModuleDict({"wav2vec2": nn.ModuleDict({"stages": nn.ModuleList()})})
+
+    def block():
+        parts = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.ModuleDict({"fc": nn.Linear(4, 4)})])
+        experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
+        return nn.ModuleDict({"parts": parts, "experts": experts})
+
+    for _ in range(2):
+        stage = nn.ModuleDict({"blocks": nn.ModuleList(block() for _ in range(2)), "down": nn.Linear(4, 4)})
+        model["wav2vec2"]["stages"].append(stage)
+    model["mixed"] = nn.ModuleList([block(), nn.ModuleDict({"attention": nn.Linear(4, 4)})])
+    names = [name for name, _ in model.named_parameters() if name.endswith("weight")]
+    stages = [f"wav2vec2.stages.{stage}" for stage in range(2)]
+    expected = [name for at in stages for name in (*(f"{at}.blocks.{place}" for place in range(2)), at)]
+    assert list(dict.fromkeys(_block(model, name) for name in names))[: len(expected)] == expected
+    assert _block(model, "mixed.0.experts.1.up.weight") == "mixed.0"
+    assert _block(model, "mixed.1.attention.weight") == "mixed.1"
+    assert _block(tiny_bert(), "bert.pooler.dense.weight") == "bert.pooler.dense.weight"

@@ -1,10 +1,10 @@
 """Prunes layer by layer, with what a few rows of data put into each (docs/one_shot.md)."""
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -135,7 +135,7 @@ def prune_in_blocks(
             )
         if enough:
             runs.thin_out(max((enough * runs.features(name) / max(1, reached[name]) for name in reached), default=1))
-        for _, block in groupby((name for name in weights.targets if name in reached), key=_block):
+        for _, block in groupby((name for name in weights.targets if name in reached), partial(_block, model)):
             for name, moments in runs.moments(list(block)).items():
                 if not moments.rows and leaves_unreached:  # an expert, once the layers before it are pruned
                     continue
@@ -159,9 +159,21 @@ def prune_in_blocks(
     return errors
 
 
-def _block(name: str) -> str:
-    """The layer of the model that a weight is in: its name up to the first number."""
-    return (re.match(r".*?\d+", name) or [name])[0]
+def _block(model: nn.Module, name: str) -> str:
+    """
+    The block of the model that a weight is in: the innermost item around its layer of a list of modules of one class
+    (T5 has a list of unlike parts in each of its blocks), or where there is none, of any list. Experts are parts of
+    their block.
+    """
+    around, alike, found = name.split(".")[:-2], None, name
+    for depth, part in enumerate(around):
+        if "expert" in part:
+            break
+        if part.isdigit():
+            found = ".".join(around[: depth + 1])
+            items = model.get_submodule(".".join(around[:depth])).children()
+            alike = found if len({type(item) for item in items}) == 1 else alike
+    return alike or found
 
 
 def _on_device_of(model: nn.Module, batch: Mapping) -> dict:
