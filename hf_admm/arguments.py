@@ -1,5 +1,6 @@
 """The flags of sparse fine-tuning."""
 
+import os
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import wraps
@@ -264,6 +265,8 @@ class ADMMArgumentsMixin(DerivedFlags, DistillationArgumentsMixin):
             raise ValueError(unsupported_backend("FSDP1"))
         if isinstance(self.sparsity_pattern, float):
             self.sparsity_pattern = str(self.sparsity_pattern)
+        if isinstance(self.distill_teacher, os.PathLike):
+            self.distill_teacher = os.fspath(self.distill_teacher)
         for name in (*REALS, *DISTILL_REALS):
             if isinstance(value := getattr(self, name), str):  # YAML 1.1 reads 1e-3 as one
                 with suppress(ValueError):

@@ -154,6 +154,17 @@ def _check(model: PreTrainedModel, path: Path) -> None:
     if model.dtype not in TOLERANCES:
         allowed = " or ".join(str(dtype).removeprefix("torch.") for dtype in TOLERANCES)
         raise ValueError(f"A model in {model.dtype} can't be checked on a CPU. Load it in {allowed}.")
+    check_packages()
+
+
+def check_packages() -> None:
+    """
+    Checks that what an export needs is installed.
+
+    Raises:
+        `ValueError`: If it is not.
+    """
+    import_onnx("export a model")
     try:
         import onnxruntime  # noqa: F401
         import onnxscript  # noqa: F401

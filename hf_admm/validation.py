@@ -40,6 +40,7 @@ REALS = ("admm_rho", "srste_decay", "srste_lr_multiplier", "admm_steps", "mask_f
 # Beyond these, what is computed with a flag leaves the range of float32 or int64 and fails far away from here: a ramp
 # from a smaller rho starts at 0, which nothing can be divided by.
 _LEAST_RHO, _MOST = 1e-30, 1e30
+_MOST_SHOWN = 200  # characters of a value
 _LONGEST = 2**63 - 1
 # The least, the most, and the words for it.
 _DISTILLATION = {
@@ -63,7 +64,7 @@ def validate_flags(args) -> None:
     if not isinstance(args.sparsity_pattern, str):
         raise ValueError(
             f"sparsity_pattern={_shown(args.sparsity_pattern)} is not a string. YAML reads an unquoted 2:4 as a "
-            'number in base 60: write "2:4" in quotes.'
+            'number in base 60: write "2:4" in quotes. To prune nothing, give "none".'
         )
     args.pattern  # noqa: B018  (parsing it is the check)
     for name, allowed in (
@@ -85,8 +86,8 @@ def validate_flags(args) -> None:
         least = _LEAST_RHO if name == "admm_rho" else 0
         if not (_is(Real, value) and (value == 0 or least <= value <= _MOST)):
             raise ValueError(
-                f"{name}={_shown(value)} is not allowed: give a finite number of at least 0 (if it is not 0, from "
-                f"{least:g} to {_MOST:g})."
+                f"{name}={_shown(value)} is not allowed: give a finite number of at least 0"
+                + (f" (0, or from {least:g} to {_MOST:g})." if least else f" (and at most {_MOST:g}).")
             )
     if args.srste_lr_multiplier == 0:
         raise ValueError(
@@ -198,8 +199,11 @@ def _is(kind: type, value) -> bool:
 
 
 def _shown(value) -> str:
-    """`repr`, which refuses integers of thousands of digits with an error that names no flag."""
+    """
+    `repr`, which refuses integers of thousands of digits with an error that names no flag, and shows all of a model.
+    """
     try:
-        return repr(value)
+        shown = repr(value)
+        return shown if len(shown) <= _MOST_SHOWN else f"a {type(value).__name__}"
     except ValueError:
         return f"a {type(value).__name__} with too many digits to show"

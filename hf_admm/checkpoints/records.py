@@ -3,6 +3,7 @@
 import json
 import os
 from collections.abc import Mapping
+from contextlib import contextmanager
 from pathlib import Path
 
 from torch import nn
@@ -46,6 +47,25 @@ def find_weights(folder: Path) -> dict[Path, tuple]:
             status = path.stat()
             found[path] = (status.st_mtime_ns, status.st_ino, status.st_size)
     return found
+
+
+@contextmanager
+def without_records(folder: Path, writes: bool):
+    """
+    Around a save of a dense model: where it writes weights over those of a sparse one, it takes their record away.
+
+    Args:
+        folder (`Path`):
+            Where it is saved.
+        writes (`bool`):
+            Whether this process does.
+    """
+    before = find_weights(folder) if writes else {}
+    yield
+    if before:
+        for path, status in find_weights(folder).items():
+            if before.get(path) != status:
+                (path.parent / RECORD_NAME).unlink(missing_ok=True)
 
 
 def save_records(model: nn.Module, weights: PrunedWeights, before: Mapping[Path, Mapping[Path, tuple]]) -> None:

@@ -10,7 +10,7 @@ from transformers.trainer import TRAINER_STATE_NAME
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, get_last_checkpoint
 
 from hf_admm.checkpoints.files import RECORD_NAME
-from hf_admm.checkpoints.records import find_weights, save_records
+from hf_admm.checkpoints.records import find_weights, save_records, without_records
 from hf_admm.checkpoints.saved_names import load_renamed
 from hf_admm.checkpoints.sidecar import check_sidecar, has_sidecar, load_sidecar, save_sidecar
 from hf_admm.checkpoints.staging import STAGING_NAME, checkpoint_name, clean_up, discard, publish, publish_rest, rotate
@@ -37,13 +37,14 @@ class SparseCheckpointsMixin:
     _saves: dict[Path, dict] | None = None  # the folders of a save, with the weights that were there before
     _owed: set[Path] | None = None  # the folders that a sidecar is due in, when the save is over
     last_checkpoint: Path | None = None  # that this training saved, or went on from
+    resumed_from: Path | None = None
 
     def __init_subclass__(cls, **kwargs):
         super().__init_subclass__(**kwargs)
         surround(cls, SparseCheckpointsMixin, _AROUND)
 
     def train(self, *args, **kwargs):
-        self.last_checkpoint = None
+        self.last_checkpoint = self.resumed_from = None
         given = GivenArguments(type(self), SparseCheckpointsMixin, "train", args, kwargs)
         if self.args.is_sparse:
             run_dir = Path(self.args.output_dir)
@@ -166,7 +167,8 @@ class SparseCheckpointsMixin:
     def _saving_files(self, *args, **kwargs):
         """Around what writes the files of a model: the weights are sparse, and recorded as such."""
         if not self.sparsity.targets:
-            yield
+            with without_records(self._saved_folder(args, kwargs), self.args.should_save):
+                yield
             return
         folder, outermost = self._saved_folder(args, kwargs), self._saves is None
         self._saves = self._saves or {}
@@ -250,7 +252,7 @@ class SparseCheckpointsMixin:
         finally:
             self._loads = not outermost
         if outermost and checkpoint is not None and self.args.is_sparse:
-            self.last_checkpoint = Path(checkpoint)
+            self.last_checkpoint = self.resumed_from = Path(checkpoint)
             selection = self.select_targets()
             if not has_sidecar(checkpoint, self.args.pattern, selection.targets):
                 return

@@ -8,7 +8,7 @@ from pathlib import Path
 from hf_admm.checkpoints.files import SparsityRecord, read_record
 from hf_admm.checkpoints.saved_names import saved_names
 from hf_admm.commands.loading import load_model
-from hf_admm.export import TOLERANCES, export_onnx
+from hf_admm.export import TOLERANCES, check_packages, export_onnx
 
 
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in TOLERANCES}
@@ -38,6 +38,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = Path(args.model_dir)
     if not folder.is_dir():
         raise ValueError(f"{args.model_dir!r} is not a folder. Give the folder of a checkpoint, with its config.json.")
+    check_packages()
     model = load_model(args.model_dir, _DTYPES[args.dtype], 1)
     report = export_onnx(model, args.out, _record(model, folder), args.opset, args.external_data or None)
     if args.json:

@@ -46,7 +46,7 @@ class RunReportsMixin:
         places = {}
         if self._best_is_loaded():
             places[Path(self.state.best_model_checkpoint)] = "best"
-        if self.last_checkpoint is not None:
+        if self.last_checkpoint not in (None, self.resumed_from):
             places.setdefault(self.last_checkpoint, "last")
         return [(f"{name} saved", str(place)) for place, name in places.items() if place.is_dir()]
 

@@ -81,6 +81,7 @@ def _load(student: nn.Module, args) -> PreTrainedModel:
             f"distill_teacher={path!r} lacks {', '.join(missing)}. Its hidden states must not need them: if "
             "they are not those of the head, give another teacher."
         )
+    _check_sizes(student, teacher, args)
     ours, theirs = (getattr(model.config, "id2label", None) or {} for model in (student, teacher))
     if args.distill_logits_weight and ours != theirs and sorted(ours.values()) == sorted(theirs.values()):
         raise ValueError(
@@ -88,6 +89,21 @@ def _load(student: nn.Module, args) -> PreTrainedModel:
             "Give both the same id2label."
         )
     return teacher
+
+
+def _check_sizes(student: PreTrainedModel, teacher: PreTrainedModel, args) -> None:
+    """As [`check_outputs`] does at the first step, which is after a pruning."""
+    if not args.hidden_weight:
+        return
+    ours, theirs = (
+        {name: getattr(model.config, name, None) for name in ("num_hidden_layers", "hidden_size")}
+        for model in (student, teacher)
+    )
+    if other := [f"{name} {theirs[name]}, the student {ours[name]}" for name in ours if ours[name] != theirs[name]]:
+        raise ValueError(
+            f"distill_teacher={args.distill_teacher!r} has other hidden states than the student: {'; '.join(other)}. "
+            "Give a teacher of the student's shape, or set distill_hidden_weight=0 and distill_logits_weight above 0."
+        )
 
 
 def reports_hidden_states(model: nn.Module) -> bool:

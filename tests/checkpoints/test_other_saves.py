@@ -240,3 +240,16 @@ def test_loaders_that_do_not_call_ours_end_with_the_best_model(where, tiny_bert,
         cls, tiny_bert(seed=1, **no_dropout), token_data(), tmp_path / "resumed", tmp_path / "checkpoint-8"
     )
     assert_same_weights(resumed.model, weights(straight.model))
+
+
+def test_a_dense_model_saved_over_a_sparse_one_has_no_record_of_it(tiny_bert, token_data, tmp_path):
+    sparse = train(tiny_bert(), token_data(), tmp_path / "run")
+    for place in ("over", "beside"):
+        sparse.save_model(str(tmp_path / place))
+    dense = prepare(tiny_bert(), token_data(), tmp_path / "run", sparsity_pattern="none")
+    dense.save_model(str(tmp_path / "over"))
+    assert not (tmp_path / "over" / RECORD_NAME).exists() and (tmp_path / "over" / WEIGHTS_NAME).is_file()
+    assert audit_checkpoint(str(tmp_path / "beside")).ok
+    (tmp_path / "beside" / "logs").mkdir()
+    dense.save_model(str(tmp_path / "beside" / "logs"))
+    assert audit_checkpoint(str(tmp_path / "beside")).ok, "what was not written over keeps its record"

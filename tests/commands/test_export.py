@@ -191,11 +191,13 @@ def test_bad_input_is_exit_code_two(tiny_bert, tmp_path, capsys, monkeypatch):
     assert "none' is not a folder. Give the folder of a checkpoint" in capsys.readouterr().err
     write_sparse(tiny_bert(), tmp_path)
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    monkeypatch.setattr("hf_admm.commands.export.load_model", None)  # it is said before a model is loaded
     assert cli.main(["export", str(tmp_path), str(tmp_path / "m.onnx")]) == 2
     assert "pip install hf-admm[onnx]" in capsys.readouterr().err
 
 
-def test_a_record_of_another_model(tiny_bert, tmp_path, capsys):
+def test_a_record_of_another_model(tiny_bert, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("hf_admm.commands.export.check_packages", lambda: None)  # they may not be installed
     write_sparse(tiny_bert(), tmp_path)
     (tmp_path / RECORD_NAME).write_text(record_text("2:4", {"gone.weight": False, QUERY: False}))
     assert cli.main(["export", str(tmp_path), str(tmp_path / "m.onnx")]) == 2

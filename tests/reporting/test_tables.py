@@ -124,6 +124,9 @@ def test_the_last_table_names_what_was_saved(tiny_bert, token_data, tmp_path, ca
     assert f"eval_loss {metric:.4f} (of the sparse weights, at step 4)" in out
     trainer.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
     assert "to 2:4 in 12 steps, resumed after step 8\n" in capsys.readouterr().out
+    unsaved = prepare(tiny_bert(), data, tmp_path)
+    unsaved.train(resume_from_checkpoint=str(tmp_path / "checkpoint-8"))
+    assert "saved          nothing yet\n" in capsys.readouterr().out, "what it went on from is not what was trained"
 
 
 def test_a_quiet_run_prints_no_table(tiny_bert, token_data, tmp_path, capsys):

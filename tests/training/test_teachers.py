@@ -19,7 +19,7 @@ from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.training.distillation import hidden_distance, logits_distance
 from own_losses import Means
 from tiny_models import NO_DROPOUT
-from tiny_runs import compiles, gradients, prepare, train, weights
+from tiny_runs import assert_same_weights, compiles, gradients, prepare, train, weights
 
 
 ONE_STEP = {"max_steps": 1, "admm_steps": 1, "admm_rho": 0.0, "mask_freeze_steps": 0, "max_grad_norm": 0.0}
@@ -67,7 +67,28 @@ def test_flags_without_a_teacher_are_said_to_have_no_effect(tiny_bert, token_dat
     assert "distill" not in caplog.text
 
 
+def test_a_model_is_no_teacher_and_a_path_is_one(tiny_bert, tmp_path):
+    """A model's `repr` would fill the screen."""
+    with pytest.raises(ValueError, match=r"^distill_teacher=a BertForSequenceClassification is not allowed: give a"):
+        ADMMTrainingArguments(str(tmp_path), use_cpu=True, distill_teacher=tiny_bert())
+    args = ADMMTrainingArguments(str(tmp_path), use_cpu=True, distill_teacher=tmp_path)
+    assert args.distill_teacher == str(tmp_path)
+
+
 # ---- Teachers ----
+
+
+def test_a_teacher_of_another_size_is_refused_before_the_model_is_pruned(tiny_bert, token_data, tmp_path):
+    for other in ({"hidden_size": 32}, {"num_hidden_layers": 3}):
+        model, teacher = tiny_bert(), save(tiny_bert(**other), tmp_path / "other")
+        before = weights(model)
+        trainer = prepare(model, token_data(), tmp_path / "run", distill_teacher=teacher, sparsity_pattern="2:4",
+                          admm_steps=None, admm_rho=None, admm_update_steps=None)  # fmt: skip
+        name, size = next(iter(other.items()))
+        with pytest.raises(ValueError, match=rf"other hidden states than the student: {name} {size}, the student"):
+            trainer.train()
+        assert trainer.args.calibration_samples and not trainer.state.global_step
+        assert_same_weights(model, before)
 
 
 def test_a_teacher_that_can_not_be_loaded(tiny_bert, tiny_gpt2, token_data, tmp_path):
@@ -93,9 +114,7 @@ def test_a_teacher_without_a_head_has_hidden_states_only(tiny_bert, token_data, 
 def test_a_teacher_of_another_size(other, tiny_bert, token_data, tmp_path):
     teacher = save(tiny_bert(**other), tmp_path / "teacher")
     trainer = prepare(tiny_bert(), token_data(), tmp_path / "run", distill_teacher=teacher)
-    with pytest.raises(
-        ValueError, match="hidden states of the teacher have other shapes .* set distill_hidden_weight=0"
-    ):
+    with pytest.raises(ValueError, match="has other hidden states than the student: .* set distill_hidden_weight=0"):
         trainer.train()
     flags = {"distill_hidden_weight": 0.0, "distill_logits_weight": 0.5}
     taught = train(tiny_bert(), token_data(), tmp_path / "run", distill_teacher=teacher, **flags)
