@@ -8,6 +8,7 @@ import pytest
 import torch
 import transformers
 from torch import nn
+from torch.utils._pytree import tree_leaves
 
 from architecture_table import PAGE, collapse, page, reasons, shorten
 from architectures import ARCHITECTURES, Architecture
@@ -22,12 +23,14 @@ RENAMED = ("ViT",)  # whose layers have other names in earlier versions of trans
 each_architecture = pytest.mark.parametrize("architecture", ARCHITECTURES, ids=lambda architecture: architecture.name)
 
 
-def trainer_of(architecture: Architecture, folder, seed=0) -> ADMMTrainer:
+PHASES = {"admm_steps": 3, "admm_update_steps": 1, "admm_rho": 0.1, "num_calibration_samples": 3}
+
+
+def trainer_of(architecture: Architecture, folder, seed=0, flags=PHASES) -> ADMMTrainer:
     """Three steps of each phase, with dropout as the config has it, and a checkpoint in the midst of either."""
     args = ADMMTrainingArguments(
-        str(folder), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-3, admm_steps=3, admm_update_steps=1,
-        admm_rho=0.1, num_calibration_samples=3, save_steps=2, logging_steps=1, report_to="none", disable_tqdm=True,
-        use_cpu=True,
+        str(folder), max_steps=6, per_device_train_batch_size=2, learning_rate=1e-3, save_steps=2, logging_steps=1,
+        report_to="none", disable_tqdm=True, use_cpu=True, **flags,
     )  # fmt: skip
     model, data = architecture.tiny(seed), architecture.data()
     return ADMMTrainer(model, args, train_dataset=data, data_collator=architecture.collate)
@@ -80,6 +83,29 @@ def test_a_run_through_both_phases_loads_anywhere(architecture, runs, tmp_path):
         expected, outputs = trainer.model.eval()(**batch), plain(**batch)
     logits = [key for key in outputs if "logits" in key]
     assert logits and all(torch.equal(outputs[key], expected[key]) for key in logits)
+
+
+@each_architecture
+@pytest.mark.parametrize("pattern", ["2:4", "1:4"], ids=["pruned first", "after a dense half"])
+def test_by_default_it_answers_as_what_it_saves(pattern, architecture, tmp_path):
+    """With as many hidden states: what has passed through it in between left nothing on it."""
+    trainer = trainer_of(architecture, tmp_path / "run", flags={"sparsity_pattern": pattern, "save_strategy": "no"})
+    trainer.model.config.output_hidden_states = True
+    trainer.train()
+    assert trainer.audit.ok and trainer.args.calibration_samples == 1024
+    trainer.save_model(str(tmp_path / "model"))
+    plain, batch = (
+        architecture.model_class.from_pretrained(tmp_path / "model"),
+        architecture.collate(architecture.data(2)),
+    )
+    with torch.no_grad():
+        ours, theirs = (model.eval()(**batch, output_hidden_states=True) for model in (trainer.model, plain))
+    for key in theirs:
+        found, expected = (
+            [leaf for leaf in tree_leaves(each[key]) if torch.is_tensor(leaf)] for each in (ours, theirs)
+        )
+        assert len(found) == len(expected) and all(map(torch.equal, found, expected)), key
+    assert sum(torch.is_tensor(leaf) for leaf in tree_leaves(dict(theirs))) > 4, "hidden states among them"
 
 
 @each_architecture
