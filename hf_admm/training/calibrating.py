@@ -8,6 +8,7 @@ from accelerate.data_loader import IterableDatasetShard
 from accelerate.utils.memory import should_reduce_batch_size
 from datasets import IterableDataset
 from torch import distributed
+from transformers import PreTrainedModel
 
 from hf_admm.console import get_logger
 from hf_admm.pruning.calibration import evenly, prune_in_blocks
@@ -86,6 +87,7 @@ class CalibrationMixin:
         if weights.obey():
             logger.info(f"The model obeys {weights.pattern} already: its zeros stay.")
             return {}
+        self._warn_of_scratch()
         if self.args.auto_find_batch_size:  # with less memory left from here on, a smaller one may begin anew
             weights.remember()
         logger.info(f"Layer-wise ADMM with up to {self.args.calibration_samples} rows of the training set.")
@@ -105,6 +107,16 @@ class CalibrationMixin:
                 f"size: {', '.join(left)}. Parts of nn.MultiheadAttention and unused experts are such."
             )
         return errors
+
+    def _warn_of_scratch(self) -> None:
+        model = self.accelerator.unwrap_model(self.model, keep_torch_compile=False)
+        asked_for = self.args.num_calibration_samples is not None or self.state.global_step
+        if isinstance(model, PreTrainedModel) and not asked_for and not model.config.name_or_path:
+            logger.warning(
+                f"{type(model).__name__} is pruned by its data before it trains, as is the default, and it was not "
+                "loaded by from_pretrained. If it starts from random weights, it has learnt nothing yet that pruning "
+                "could keep: set admm_steps=0.6, and the zeros are found while it trains."
+            )
 
     def _prune_layer(self, weight: torch.Tensor, moments: torch.Tensor, pattern: SparsityPattern) -> torch.Tensor:
         """Layer-wise ADMM, to the same bits on every process: those of the first."""

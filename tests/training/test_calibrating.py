@@ -7,7 +7,7 @@ import pytest
 import torch
 from datasets import Dataset
 from torch import nn
-from transformers import TrainerCallback, default_data_collator
+from transformers import BertForSequenceClassification, TrainerCallback, default_data_collator
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, prune_one_shot
 from hf_admm.pruning.calibration import InputMoments
@@ -452,3 +452,17 @@ def test_a_model_that_obeys_already_keeps_its_zeros(flags, tiny_bert, token_data
     assert all(torch.equal(final[name] == 0, zeros[name]) for name in trainer.sparsity.targets)
     assert not any("admm/output_change" in log for log in trainer.state.log_history)
     assert "train it dense" not in caplog.text
+
+
+def test_a_model_that_may_start_from_scratch_is_warned_of(tiny_bert, token_data, tmp_path, caplog):
+    told = "BertForSequenceClassification is pruned by its data before it trains, as is the default, and it was not"
+    train(tiny_bert(), token_data(), tmp_path / "run", **BY_DEFAULT)
+    assert told in caplog.text and "set admm_steps=0.6" in caplog.text
+    caplog.clear()
+    tiny_bert().save_pretrained(tmp_path / "model")
+    train(
+        BertForSequenceClassification.from_pretrained(tmp_path / "model"), token_data(), tmp_path / "run", **BY_DEFAULT
+    )
+    train(tiny_bert(), token_data(), tmp_path / "run", **BY_DEFAULT | {"num_calibration_samples": 8})
+    train(tiny_bert(), token_data(), tmp_path / "run", **DENSE_HALF)
+    assert "not loaded" not in caplog.text
