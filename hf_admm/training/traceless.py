@@ -31,8 +31,8 @@ def same_randomness(model: nn.Module, device: torch.device):
 def as_it_was(model: nn.Module, trainer: object):
     """
     Takes back what forward passes do to a model, and to the trainer that prepares its inputs: statistics in buffers
-    and in parameters that are not trained, counters, lists, modes, hooks (transformers leaves those that collect
-    hidden states, and a mark that they are there).
+    and in parameters that are not trained, counters, lists, modes, hooks of a forward (transformers leaves those that
+    collect hidden states, and a mark that they are there).
     """
     owners = [trainer, *model.modules()]
     modules = [(module, dict(module._buffers)) for module in model.modules()]
@@ -65,7 +65,7 @@ def as_it_was(model: nn.Module, trainer: object):
 
 
 _OF_EVERY_MODULE = vars(nn.Module()).keys() - {"training"}
-_HOOKS = [name for name, value in vars(nn.Module()).items() if "_hooks" in name and isinstance(value, dict)]
+_HOOKS = [name for name in _OF_EVERY_MODULE if name.startswith("_forward_")]  # FSDP2 sets up others in its first pass
 
 
 def _attributes(owner: object) -> dict[str, object]:

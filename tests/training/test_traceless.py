@@ -60,7 +60,8 @@ def test_hooks_that_were_there_stay(tiny_bert):
     with as_it_was(model, SimpleNamespace()):
         model.classifier.register_forward_hook(lambda *_: seen.append("within"))
         model.bert.register_forward_pre_hook(lambda *_: seen.append("within"))
-        handle = model.register_full_backward_hook(lambda *_: None)
+        model.register_state_dict_pre_hook(lambda *_: seen.append("as FSDP2 does in its first pass"))
     model(torch.ones(1, 4, dtype=torch.long))
     assert seen == ["before"]
-    handle.remove()  # as a caller may
+    model.state_dict()
+    assert seen[1:] == ["as FSDP2 does in its first pass"]
