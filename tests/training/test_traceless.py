@@ -7,6 +7,7 @@ import torch
 from torch import nn
 from transformers import BertModel, BertPreTrainedModel, Trainer
 
+from calibration_runs import BY_DEFAULT, DENSE_HALF
 from hf_admm.training.traceless import as_it_was
 from tiny_runs import prepare, train
 
@@ -27,14 +28,11 @@ class SecondToLast(BertPreTrainedModel):
         return {"loss": nn.functional.cross_entropy(logits, labels), "logits": logits}
 
 
-BY_DEFAULT = {"admm_steps": None, "admm_rho": None, "admm_update_steps": None}
-
-
 @pytest.mark.parametrize(
     "flags",
     [
         BY_DEFAULT,
-        BY_DEFAULT | {"sparsity_pattern": "1:4"},
+        DENSE_HALF,
         {"gradient_accumulation_steps": 2, "per_device_train_batch_size": 4},
     ],
     ids=["pruned first", "dense half", "how its loss is scaled is measured"],
