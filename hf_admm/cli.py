@@ -68,6 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         os.environ.setdefault(variable, value)
     try:
         return import_module(f"hf_admm.commands.{name}").main(arguments[1:])
-    except ValueError as error:
+    except (ValueError, OSError) as error:  # a file that can't be written, say
         print(f"error: {error}", file=sys.stderr)
         return 2

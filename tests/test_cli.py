@@ -88,6 +88,15 @@ def test_bad_input_is_one_line_and_exit_code_2(argv, complaint, capsys):
     assert complaint in error
 
 
+def test_what_the_system_refuses_is_one_line_too(monkeypatch, capsys):
+    def fails(argv):
+        raise PermissionError(13, "Permission denied", "out.onnx")
+
+    monkeypatch.setattr("hf_admm.commands.export.main", fails)
+    assert cli.main(["export", "model", "out.onnx"]) == 2
+    assert capsys.readouterr().err == "error: [Errno 13] Permission denied: 'out.onnx'\n"
+
+
 def test_value_comes_from_flag_else_config_else_defaults_else_dataclass(config):
     file = config("learning_rate: 1e-3\nnum_train_epochs: 7\nmax_seq_length: 64\nseed: 1\n")
     command, arguments = parse(*NEEDED, *file, "--num_train_epochs", "2", "--seed=3")

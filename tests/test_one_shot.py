@@ -224,7 +224,58 @@ def test_a_failure_half_way_leaves_the_model_as_it_was():
     assert not any(layer._forward_pre_hooks for layer in model.layers)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_damaged_weight_is_refused(value):
+    model = Blocks()
+    with torch.no_grad():
+        model.layers[1].weight[3, 2] = value
+    before = {name: weight.detach().clone() for name, weight in model.named_parameters()}
+    with pytest.raises(ValueError, match=r"The entries of layers\.1\.weight are not finite"):
+        prune_one_shot(model, [{"inputs": data(16)}])
+    for name, weight in model.named_parameters():
+        assert torch.equal(weight.nan_to_num(), before[name].nan_to_num()), name
+
+
+def test_no_zero_has_a_sign():
+    model = Blocks()
+    with torch.no_grad():
+        model.layers[1].weight.copy_(-model.layers[1].weight.abs())
+    inputs = data(16)
+    prune_one_shot(model, [{"inputs": inputs}], "1:4")
+    for layer in model.layers:
+        zeros = layer.weight[layer.weight == 0]
+        assert len(zeros) >= layer.weight.numel() * 3 / 4 and not zeros.signbit().any()
+
+
+class Masked(nn.Linear):
+    def forward(self, input, mask=None, scale=1.0):
+        return super().forward(input * scale if mask is None else input * scale * mask)
+
+
+def test_the_inputs_of_a_layer_are_told_by_their_name(tiny_bert):
+    """Not by which is given first."""
+    pruned, inputs = [], data(16)
+    for call in (
+        lambda layer, x: layer(mask=torch.ones_like(x), input=x),
+        lambda layer, x: layer(x, torch.ones_like(x)),
+        lambda layer, x: layer(scale=1.0, input=x),
+    ):
+        torch.manual_seed(0)
+        model = Blocks()
+        model.layers[0] = Masked(16, 16)
+        model.forward = lambda inputs, model=model, call=call: model.layers[1](call(model.layers[0], inputs))
+        prune_one_shot(model, [{"inputs": inputs}])
+        pruned.append(model.layers[0].weight)
+    assert torch.equal(pruned[0], pruned[1]) and torch.equal(pruned[0], pruned[2])
+    model.forward = lambda inputs: model.layers[0](inputs[:, :1], scale=torch.ones(16))
+    model.layers[0].forward = lambda first, scale: scale
+    with pytest.raises(ValueError, match=r"layers\.1\.weight"):
+        prune_one_shot(model, [{"inputs": inputs}])
+
+
 def test_user_errors():
+    with pytest.raises(ValueError, match="A batch is a tuple: give each as a dict"):
+        prune_one_shot(Blocks(), [(data(16),)])
     with pytest.raises(ValueError, match='"own" keeps zeros and makes none'):
         prune_one_shot(Blocks(), [{}], "own")
     with pytest.raises(ValueError, match="There is no batch"):

@@ -79,6 +79,8 @@ class OnnxModel:
             model = onnx.load(path, load_external_data=False)
         except Exception as error:  # DecodeError of protobuf, which is no dependency of its own
             raise ValueError(f"{path} is not a readable ONNX file ({error}). Copy or export it again.") from error
+        if not model.ir_version:  # an empty file parses as an empty model
+            raise ValueError(f"{path} is not a readable ONNX file (it is empty). Copy or export it again.")
         if model.functions:
             model = onnx.inliner.inline_local_functions(model)
         texts = {entry.key: entry.value for entry in model.metadata_props}

@@ -1,5 +1,6 @@
 """Prunes layer by layer, with what a few rows of data put into each (docs/one_shot.md)."""
 
+import inspect
 import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
@@ -139,12 +140,15 @@ def prune_in_blocks(
             for name, moments in runs.moments(list(block)).items():
                 if not moments.rows and leaves_unreached:  # an expert, once the layers before it are pruned
                     continue
-                if not moments.matrix.isfinite().all():
-                    raise ValueError(f"The inputs of {name} are not finite: the batches or the model are damaged.")
+                if not moments.rows:
+                    raise ValueError(f"Nothing but padding reaches {name}: see the attention_mask of the batches.")
                 whole, transposed = weights.whole_of(name), weights.targets[name].transposed
+                if not (moments.matrix.isfinite().all() and whole.isfinite().all()):
+                    damaged = "The inputs of" if whole.isfinite().all() else "The entries of"
+                    raise ValueError(f"{damaged} {name} are not finite: the batches or the model are damaged.")
                 before[name] = local(weights.parameters[name].detach()).clone()
                 dense = whole.T if transposed else whole
-                pruned = prune(dense, moments.matrix).to(whole.dtype)
+                pruned = prune(dense, moments.matrix).to(whole.dtype) + 0.0  # no zero has a sign
                 errors[name] = output_error(dense, pruned, moments.matrix)
                 weights.replace(name, pruned.T if transposed else pruned)
     except BaseException:
@@ -177,6 +181,11 @@ def _block(model: nn.Module, name: str) -> str:
 
 
 def _on_device_of(model: nn.Module, batch: Mapping) -> dict:
+    if not isinstance(batch, Mapping):
+        raise ValueError(
+            f"A batch is a {type(batch).__name__}: give each as a dict of the model's arguments, as the collators of "
+            "transformers do."
+        )
     device = local(next(model.parameters())).device
     return {key: value.to(device) if torch.is_tensor(value) else value for key, value in batch.items()}
 
@@ -222,7 +231,9 @@ class _Runs:
                 if name.endswith(".weight"):
                     layer = model.get_submodule(name.removesuffix(".weight"))
                     hook = layer.register_forward_pre_hook(
-                        lambda _, args, kwargs, name=name: take(name, [*args, *kwargs.values()][0], self.tokens),
+                        lambda layer, args, kwargs, name=name: take(
+                            name, self._input(name, layer, args, kwargs), self.tokens
+                        ),
                         with_kwargs=True,
                     )
                     hooks.enter_context(hook)
@@ -233,6 +244,18 @@ class _Runs:
                 self.tokens = None
                 self.weights.reshard()  # what was changed since the last pass
                 self.forward(batch)
+
+    def _input(self, name: str, layer: nn.Module, args: tuple, kwargs: dict) -> torch.Tensor:
+        """Of what a layer was called with, the argument that its forward names first, else the first that fits."""
+        first = next(iter(inspect.signature(layer.forward).parameters), None)
+        given = [*args, *([kwargs[first]] if first in kwargs else []), *kwargs.values()]
+        for value in given:
+            if torch.is_tensor(value) and value.dim() and value.shape[-1] == self.features(name):
+                return value
+        raise ValueError(
+            f"The layer of {name} was called with nothing that has its {self.features(name)} inputs "
+            f"({', '.join(type(value).__name__ for value in given)}). Name it in sparsity_exclude."
+        )
 
     def _see_padding(self, module: nn.Module, args: tuple, kwargs: dict) -> None:
         mask = kwargs.get("attention_mask")

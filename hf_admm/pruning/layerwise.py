@@ -16,6 +16,7 @@ DAMP = 0.01
 _RHO, _GROWTH, _INTERVAL = 0.1, 1.1, 3
 _MOST_STEPS = 600
 _SOLVER_STEPS = 30
+_SILENT = 1e-6
 
 
 def prune_layer(
@@ -44,11 +45,14 @@ def prune_layer(
     diagonal = moments.diagonal()
     if not diagonal.any():  # inputs of nothing but zeros: every mask is as good as another
         return weight.detach().float() * sparsity_mask(weight, pattern)
+    silent = diagonal == 0
     diagonal += damp * diagonal.mean()
     scale = diagonal.rsqrt()
     moments = moments * scale[:, None] * scale
     start = weight.detach().float() / scale
-    return _solve(start, moments, _choose(start, moments, pattern)) * scale
+    # What multiplies an input that is always zero costs nothing: it goes first, the small ones before the large ones.
+    mask = _choose(torch.where(silent, _SILENT * start, start), moments, pattern)
+    return _solve(start, moments, mask) * scale
 
 
 def output_error(weight: torch.Tensor, pruned: torch.Tensor, moments: torch.Tensor) -> float:

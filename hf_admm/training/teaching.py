@@ -43,6 +43,7 @@ class DistillationMixin:
     _teacher: nn.Module | None = None
     _teacher_taken = False  # has the weights that the student had at the switch
     _teaching = False  # within a step
+    _teacher_tried = False  # in a step of this training
     _reported = False  # the model gave its hidden states before this training too
     _window: torch.Tensor | None = None  # rows and tokens of an optimizer step, on all processes
 
@@ -62,7 +63,7 @@ class DistillationMixin:
     def _prepare_teacher(self) -> None:
         """At the start of a training, before it loads or wraps anything."""
         self._teacher = self._window = None
-        self._teacher_taken = False
+        self._teacher_taken = self._teacher_tried = False
         self._distances, self._distances_of, self._distance_figures = {}, 0, {}
         self._check_distillation()
         if self.args.distill_teacher is not None:
@@ -122,10 +123,12 @@ class DistillationMixin:
 
     @contextmanager
     def _taught(self, model, inputs, *_, **__):
-        if not self._has_teacher or self._teaching:
+        # Before that of the switch has its say, the first step shows whether it can: else half of a run is spent.
+        tries = self._teacher is not None and not self._has_teacher and not self._teacher_tried
+        if self._teaching or not (self._has_teacher or tries):
             yield
             return
-        if self.args.learns_from_switch and not self._teacher_taken:
+        if self.args.learns_from_switch and not self._teacher_taken and not tries:
             raise ValueError(
                 "distill_teacher='switch' is the dense model that phase 1 ended with, and the checkpoint was saved "
                 "after that by a run that had no such teacher. Resume from phase 1, or give another teacher or none."
@@ -150,7 +153,12 @@ class DistillationMixin:
                     f"{type(self).__name__}.compute_loss did not call the model that it was given, so there is "
                     "nothing to distil. Call `model`, not `self.model`, or leave distill_teacher away."
                 )
-            loss = self._with_distance(loss, calls, batch)
+            if tries:
+                with torch.no_grad():
+                    self._with_distance(loss, calls, batch)
+                self._distances, self._distances_of, self._teacher_tried = {}, 0, True
+            else:
+                loss = self._with_distance(loss, calls, batch)
             calls.clear()
             return inner(loss, *args, **kwargs)
 

@@ -260,6 +260,10 @@ def test_files_that_are_not_onnx(onnx, tmp_path):
     (tmp_path / "m.onnx").write_bytes(b"\xff\xff no model")
     with pytest.raises(ValueError, match="is not a readable ONNX file"):
         audit_checkpoint(tmp_path / "m.onnx")
+    (tmp_path / "empty.onnx").write_bytes(b"")
+    with pytest.raises(ValueError, match=r"empty.onnx is not a readable ONNX file \(it is empty\)"):
+        audit_checkpoint(tmp_path / "empty.onnx")
+    (tmp_path / "empty.onnx").unlink()
     with pytest.raises(ValueError, match="none.onnx does not exist"):
         audit_checkpoint(tmp_path / "none.onnx")
     with pytest.raises(ValueError, match=r"weights found there: m.onnx\).*name an .onnx file itself"):

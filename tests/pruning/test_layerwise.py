@@ -89,6 +89,21 @@ def test_inputs_that_are_always_zero_are_pruned_first():
     assert not pruned[:, [1, 5]].any() and (pruned != 0).sum() == 18
 
 
+def test_inputs_that_are_always_zero_cost_nothing():
+    """However large what multiplies them; of them the larger stay."""
+    inputs, weight = data(8), torch.randn(16, 8, generator=torch.Generator().manual_seed(0))
+    inputs[:, ::2] = 0
+    weight[:, ::2] *= 50
+    pruned = prune(weight, moments_of(inputs), 2, 4)
+    assert output_error(weight, pruned, moments_of(inputs)) < 1e-6
+    assert torch.allclose(pruned[:, 1::2], weight[:, 1::2]) and not pruned[:, ::2].any()
+    inputs[:, 1] = 0
+    kept = prune(weight, moments_of(inputs), 2, 4)
+    assert ((kept != 0).sum(1) == 4).all() and (kept[:, 3] != 0).all()
+    larger = weight[:, :3].abs().argmax(1)
+    assert (kept.gather(1, larger[:, None]) != 0).all()
+
+
 def test_without_any_input_the_largest_stay():
     weight = torch.randn(4, 8, generator=torch.Generator().manual_seed(0))
     expected = weight * sparsity_mask(weight, parse_pattern("2:4"))

@@ -6,7 +6,8 @@ import json
 import pytest
 import torch
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
-from transformers import Trainer
+from transformers import BertForSequenceClassification, Trainer
+from transformers.modeling_outputs import SequenceClassifierOutput
 
 from hf_admm import ADMMTrainer, ADMMTrainingArguments, prune_one_shot
 from hf_admm.checkpoints.teacher_files import SWITCH_WEIGHTS, TEACHER_RECORD
@@ -99,6 +100,26 @@ def trainer_batches(data):
     from transformers import default_data_collator
 
     return [default_data_collator(data[start : start + 8]) for start in range(0, len(data), 8)]
+
+
+class NoStates(BertForSequenceClassification):
+    """As a loss in chunks: what is to be distilled is not there."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        outputs = super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+        return SequenceClassifierOutput(outputs.loss, outputs.logits)
+
+
+def test_what_can_not_teach_is_told_at_the_first_step(tiny_bert, token_data, tmp_path):
+    """And not at the switch."""
+    trainer = prepare(tiny_bert(model_class=NoStates), token_data(64), tmp_path, **RECIPE)
+    with pytest.raises(ValueError, match="returns no hidden states, which distill_hidden_weight is to distil"):
+        trainer.train()
+    assert trainer.state.global_step == 0
+    logits = {"distill_hidden_weight": 0.0, "distill_logits_weight": 0.5}
+    taught = train(tiny_bert(model_class=NoStates), token_data(64), tmp_path, **RECIPE, **logits)
+    figures = [log["admm/phase"] for log in taught.state.log_history if "distill/logits" in log]
+    assert set(figures) == {2}, "the step that tries it is not in the logs"
 
 
 @pytest.mark.parametrize("flags", [RECIPE, {"distill_teacher": "switch"}], ids=["recipe", "two phases"])
