@@ -133,6 +133,9 @@ def test_ours_of_every_pattern_comes_first_in_the_short_table(lines, make_line):
     lines += [make_line("ours", 0.7, "cola", 1, pattern="1:4")]
     first = [line.split(" | ")[0] for line in report.short_table(lines).splitlines()[2:6]]
     assert first == ["| dense", "| ours, 2:4", "| ours, 1:4", "| rho 0, SR-STE, 2:4"]
+    lines += [make_line("ours_teacher", 0.7, "cola", 1, pattern="1:4")]
+    first = [line.split(" | ")[0] for line in report.short_table(lines).splitlines()[2:7]]
+    assert first[3:] == ["| ours with a teacher, 1:4", "| rho 0, SR-STE, 2:4"]
 
 
 def test_no_results_make_no_table(tmp_path):
