@@ -204,6 +204,9 @@ def _shown(value) -> str:
     """
     try:
         shown = repr(value)
-        return shown if len(shown) <= _MOST_SHOWN else f"a {type(value).__name__}"
+        if len(shown) <= _MOST_SHOWN:
+            return shown
+        plain = isinstance(value, str | list | tuple | dict)
+        return f"{shown[:_MOST_SHOWN]}..." if plain else f"a {type(value).__name__}"
     except ValueError:
         return f"a {type(value).__name__} with too many digits to show"

@@ -37,7 +37,8 @@ def as_it_was(model: nn.Module, trainer: object):
     owners = [trainer, *model.modules()]
     modules = [(module, dict(module._buffers)) for module in model.modules()]
     attributes = [(owner, _attributes(owner)) for owner in owners]
-    hooks = [(table, set(table)) for module in model.modules() for table in (vars(module)[name] for name in _HOOKS)]
+    tables = [vars(module).get(name) for module in model.modules() for name in _HOOKS]  # scripted modules have none
+    hooks = [(table, set(table)) for table in tables if table is not None]
     contents = [
         (inner, _copied(inner)) for _, held in attributes for value in held.values() for inner in _within(value)
     ]
