@@ -19,7 +19,7 @@ from hf_admm import (
 )
 from hf_admm.audit import audit_weights
 from hf_admm.one_shot import OneShotReport
-from hf_admm.pruning.calibration import InputMoments, _block, evenly, prune_in_blocks
+from hf_admm.pruning.calibration import InputMoments, evenly, find_blocks, prune_in_blocks
 from hf_admm.pruning.layerwise import prune_layer
 from hf_admm.pruning.weights import PrunedWeights
 from layer_inputs import data, moments_of
@@ -304,16 +304,39 @@ def test_blocks_are_found_in_stages_and_around_parts_and_experts(tiny_bert):
     def block():
         parts = nn.ModuleList([nn.Sequential(nn.Linear(4, 4), nn.GELU()), nn.ModuleDict({"fc": nn.Linear(4, 4)})])
         experts = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
-        return nn.ModuleDict({"parts": parts, "experts": experts})
+        # As MobileBERT's, which stand between its attention and its output.
+        ffn = nn.ModuleList(nn.ModuleDict({"up": nn.Linear(4, 4)}) for _ in range(2))
+        return nn.ModuleDict({"parts": parts, "experts": experts, "ffn": ffn})
 
     for _ in range(2):
         stage = nn.ModuleDict({"blocks": nn.ModuleList(block() for _ in range(2)), "down": nn.Linear(4, 4)})
         model["wav2vec2"]["stages"].append(stage)
     model["mixed"] = nn.ModuleList([block(), nn.ModuleDict({"attention": nn.Linear(4, 4)})])
-    names = [name for name, _ in model.named_parameters() if name.endswith("weight")]
+    blocks = find_blocks(model, [name for name, _ in model.named_parameters() if name.endswith("weight")])
     stages = [f"wav2vec2.stages.{stage}" for stage in range(2)]
     expected = [name for at in stages for name in (*(f"{at}.blocks.{place}" for place in range(2)), at)]
-    assert list(dict.fromkeys(_block(model, name) for name in names))[: len(expected)] == expected
-    assert _block(model, "mixed.0.experts.1.up.weight") == "mixed.0"
-    assert _block(model, "mixed.1.attention.weight") == "mixed.1"
-    assert _block(tiny_bert(), "bert.pooler.dense.weight") == "bert.pooler.dense.weight"
+    assert list(dict.fromkeys(blocks.values()))[: len(expected)] == expected
+    assert blocks["mixed.0.experts.1.up.weight"] == blocks["mixed.0.parts.1.fc.weight"] == "mixed.0"
+    assert blocks["mixed.1.attention.weight"] == "mixed.1"
+    pooler = "bert.pooler.dense.weight"
+    assert find_blocks(tiny_bert(), [pooler]) == {pooler: pooler}
+
+
+def test_an_expert_that_loses_its_rows_is_masked_by_size():
+    """Once the layers before it are pruned; what all batches leave empty is refused."""
+
+    class Experts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.experts = nn.ModuleList(nn.Linear(16, 16) for _ in range(2))
+
+        def forward(self, inputs):
+            return self.experts[0](inputs) + self.experts[1](inputs[:0]).sum()
+
+    torch.manual_seed(0)
+    model = Experts()
+    expected = model.experts[1].weight * sparsity_mask(model.experts[1].weight, parse_pattern("2:4"))
+    errors = prune_one_shot(model, [{"inputs": data(16)}]).errors
+    assert torch.equal(model.experts[1].weight, expected) and errors["experts.1.weight"] == 0
+    with pytest.raises(ValueError, match="Nothing but padding reaches the layers"):
+        prune_one_shot(Experts(), [{"inputs": data(16)[:0]}])

@@ -62,7 +62,7 @@ def without_records(folder: Path, writes: bool):
     """
     before = find_weights(folder) if writes else {}
     yield
-    if before:
+    if writes:
         for path, status in find_weights(folder).items():
             if before.get(path) != status:
                 (path.parent / RECORD_NAME).unlink(missing_ok=True)

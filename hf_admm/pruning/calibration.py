@@ -5,7 +5,7 @@ import math
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
-from functools import partial
+from functools import cache
 from itertools import groupby
 from typing import Any
 
@@ -16,6 +16,9 @@ from transformers import PreTrainedModel
 from hf_admm.pruning.layerwise import output_error
 from hf_admm.pruning.shards import local
 from hf_admm.pruning.weights import PrunedWeights
+
+
+_NEARLY_ALL = 2 / 3
 
 
 def evenly(count: int, total: int) -> list[int]:
@@ -134,14 +137,15 @@ def prune_in_blocks(
                 f"The batches do not reach the forward of these layers: {', '.join(missed)}. Parts of "
                 "nn.MultiheadAttention and unused experts are such. Name them in sparsity_exclude, or give more rows."
             )
+        if reached and not any(reached.values()) and not leaves_unreached:
+            raise ValueError("Nothing but padding reaches the layers: see the attention_mask of the batches.")
         if enough:
             runs.thin_out(max((enough * runs.features(name) / max(1, reached[name]) for name in reached), default=1))
-        for _, block in groupby((name for name in weights.targets if name in reached), partial(_block, model)):
+        blocks = find_blocks(model, [name for name in weights.targets if name in reached])
+        for _, block in groupby(blocks, blocks.get):
             for name, moments in runs.moments(list(block)).items():
                 if not moments.rows and leaves_unreached:  # an expert, once the layers before it are pruned
                     continue
-                if not moments.rows:
-                    raise ValueError(f"Nothing but padding reaches {name}: see the attention_mask of the batches.")
                 whole, transposed = weights.whole_of(name), weights.targets[name].transposed
                 if not (moments.matrix.isfinite().all() and whole.isfinite().all()):
                     damaged = "The inputs of" if whole.isfinite().all() else "The entries of"
@@ -163,21 +167,42 @@ def prune_in_blocks(
     return errors
 
 
-def _block(model: nn.Module, name: str) -> str:
+def find_blocks(model: nn.Module, names: list[str]) -> dict[str, str]:
     """
-    The block of the model that a weight is in: the innermost item around its layer of a list of modules of one class
-    (T5 has a list of unlike parts in each of its blocks), or where there is none, of any list. Experts are parts of
-    their block.
+    The blocks of a model: items of its lists of modules of one class (T5 has a list of unlike parts in each block).
+
+    Args:
+        model (`nn.Module`):
+            The model.
+        names (`list[str]`):
+            Its weights.
+
+    Returns:
+        `dict[str, str]`: For each weight the name of its block, or its own. Of items within items it is the outermost,
+        or where one list holds nearly all of that, as a stage's list of blocks does, the item of this list. Experts
+        are parts of their block. Where no list is of one class, it is the innermost item.
     """
-    around, alike, found = name.split(".")[:-2], None, name
-    for depth, part in enumerate(around):
-        if "expert" in part:
-            break
-        if part.isdigit():
-            found = ".".join(around[: depth + 1])
-            items = model.get_submodule(".".join(around[:depth])).children()
-            alike = found if len({type(item) for item in items}) == 1 else alike
-    return alike or found
+
+    @cache
+    def holds(prefix: str) -> int:
+        return sum(name.startswith(f"{prefix}.") for name in names)
+
+    found = {}
+    for name in names:
+        around, alike, last = name.split(".")[:-2], [], name
+        for depth, part in enumerate(around):
+            if "expert" in part:
+                break
+            if part.isdigit():
+                last, items = ".".join(around[: depth + 1]), ".".join(around[:depth])
+                if len({type(item) for item in model.get_submodule(items).children()}) == 1:
+                    alike.append((items, last))
+        block = alike[0][1] if alike else last
+        for items, item in alike[1:]:
+            if holds(items) > _NEARLY_ALL * holds(block):
+                block = item
+        found[name] = block
+    return found
 
 
 def _on_device_of(model: nn.Module, batch: Mapping) -> dict:

@@ -95,10 +95,9 @@ def _check_sizes(student: PreTrainedModel, teacher: PreTrainedModel, args) -> No
     """As [`check_outputs`] does at the first step, which is after a pruning."""
     if not args.hidden_weight:
         return
-    ours, theirs = (
-        {name: getattr(model.config, name, None) for name in ("num_hidden_layers", "hidden_size")}
-        for model in (student, teacher)
-    )
+    names = ("num_hidden_layers", "decoder_layers", "num_decoder_layers", "hidden_size")
+    configs = [model.config.get_text_config() for model in (student, teacher)]  # of several towers, that of the text
+    ours, theirs = ({name: getattr(config, name, None) for name in names} for config in configs)
     if other := [f"{name} {theirs[name]}, the student {ours[name]}" for name in ours if ours[name] != theirs[name]]:
         raise ValueError(
             f"distill_teacher={args.distill_teacher!r} has other hidden states than the student: {'; '.join(other)}. "

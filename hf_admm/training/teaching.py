@@ -26,6 +26,7 @@ from hf_admm.training.teachers import (
     stop_reporting,
     teach,
 )
+from hf_admm.training.traceless import same_randomness
 
 
 logger = get_logger(__name__)
@@ -154,7 +155,7 @@ class DistillationMixin:
                     "nothing to distil. Call `model`, not `self.model`, or leave distill_teacher away."
                 )
             if tries:
-                with torch.no_grad():
+                with same_randomness(self._teacher, self.args.device), torch.no_grad():
                     self._with_distance(loss, calls, batch)
                 self._distances, self._distances_of, self._teacher_tried = {}, 0, True
             else:

@@ -249,6 +249,10 @@ def test_a_dense_model_saved_over_a_sparse_one_has_no_record_of_it(tiny_bert, to
     dense = prepare(tiny_bert(), token_data(), tmp_path / "run", sparsity_pattern="none")
     dense.save_model(str(tmp_path / "over"))
     assert not (tmp_path / "over" / RECORD_NAME).exists() and (tmp_path / "over" / WEIGHTS_NAME).is_file()
+    sparse.save_model(str(tmp_path / "gone"))
+    (tmp_path / "gone" / WEIGHTS_NAME).unlink()
+    dense.save_model(str(tmp_path / "gone"))
+    assert not (tmp_path / "gone" / RECORD_NAME).exists()
     assert audit_checkpoint(str(tmp_path / "beside")).ok
     (tmp_path / "beside" / "logs").mkdir()
     dense.save_model(str(tmp_path / "beside" / "logs"))

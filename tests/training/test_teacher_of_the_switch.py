@@ -110,6 +110,25 @@ class NoStates(BertForSequenceClassification):
         return SequenceClassifierOutput(outputs.loss, outputs.logits)
 
 
+class Draws(BertForSequenceClassification):
+    """Also in evaluation, as ViTMAE does."""
+
+    def forward(self, input_ids=None, attention_mask=None, labels=None, **kwargs):
+        input_ids = torch.where(torch.rand(input_ids.shape) < 0.2, 1, input_ids)
+        return super().forward(input_ids, attention_mask, labels=labels, **kwargs)
+
+
+def test_trying_the_teacher_draws_nothing(tiny_bert, token_data, tmp_path):
+    ends = []
+    for teacher in ("switch", None):
+        at_switch = Recorder("on_step_end", lambda state, model, **_: weights(model))
+        flags = RECIPE | {"distill_teacher": teacher, "num_calibration_samples": 8, "admm_steps": 6, "admm_rho": 0}
+        train(tiny_bert(model_class=Draws), token_data(64), tmp_path, callbacks=[at_switch], **flags)
+        ends.append(at_switch.seen[:5])
+    for ours, theirs in zip(*ends, strict=True):
+        assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+
+
 def test_what_can_not_teach_is_told_at_the_first_step(tiny_bert, token_data, tmp_path):
     """And not at the switch."""
     trainer = prepare(tiny_bert(model_class=NoStates), token_data(64), tmp_path, **RECIPE)
