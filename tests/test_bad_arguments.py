@@ -138,3 +138,8 @@ def test_an_optimizer_that_moves_weights_on_its_own(optim, arguments):
     with pytest.raises(ValueError, match=rf"optim='{optim}' is not supported by sparse training.*'none'"):
         arguments(optim=optim)
     arguments(optim=optim, sparsity_pattern="none")
+
+
+def test_of_a_long_value_the_start_is_shown(arguments):
+    with pytest.raises(ValueError, match=r"^sparsity_include=\[1, 1, 1, [1, ]{1,190}\.\.\. is not allowed"):
+        arguments(sparsity_include=[1] * 500)

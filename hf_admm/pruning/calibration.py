@@ -121,7 +121,8 @@ def prune_in_blocks(
         `dict[str, float]`: For each weight that was pruned, how much of its layer's output was changed.
 
     Raises:
-        `ValueError`: If there is no batch, if a weight is not reached, or if inputs are not finite.
+        `ValueError`: If there is no batch or nothing but padding in them, if a weight is not reached or its inputs
+            can't be told, or if it or its inputs are not finite.
     """
     batches, model = list(batches), weights.model
     if not batches:

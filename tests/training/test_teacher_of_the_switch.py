@@ -137,6 +137,12 @@ def test_what_can_not_teach_is_told_at_the_first_step(tiny_bert, token_data, tmp
     assert trainer.state.global_step == 0
     logits = {"distill_hidden_weight": 0.0, "distill_logits_weight": 0.5}
     taught = train(tiny_bert(model_class=NoStates), token_data(64), tmp_path, **RECIPE, **logits)
+    left = Recorder(
+        "on_step_end", lambda state, **_: (state.global_step, dict(trainer._distances), trainer._distances_of)
+    )
+    trainer = prepare(tiny_bert(), token_data(64), tmp_path, callbacks=[left], **RECIPE)
+    trainer.train()
+    assert left.seen[0] == (1, {}, 0), "nor in the mean of the first ones"
     figures = [log["admm/phase"] for log in taught.state.log_history if "distill/logits" in log]
     assert set(figures) == {2}, "the step that tries it is not in the logs"
 

@@ -8,15 +8,22 @@ import torch
 from transformers import (
     AutoModelForMultipleChoice,
     AutoModelForQuestionAnswering,
+    BartConfig,
+    BartModel,
     BertConfig,
     BertForSequenceClassification,
     BertModel,
+    CLIPVisionConfig,
+    LlamaConfig,
+    LlavaConfig,
+    LlavaModel,
     T5Config,
     T5ForConditionalGeneration,
 )
 
 from hf_admm import ADMMTrainer, ADMMTrainerMixin, ADMMTrainingArguments
 from hf_admm.training.distillation import hidden_distance, logits_distance
+from hf_admm.training.teachers import make_teacher
 from own_losses import Means
 from tiny_models import NO_DROPOUT
 from tiny_runs import assert_same_weights, compiles, gradients, prepare, train, weights
@@ -89,6 +96,24 @@ def test_a_teacher_of_another_size_is_refused_before_the_model_is_pruned(tiny_be
             trainer.train()
         assert trainer.args.calibration_samples and not trainer.state.global_step
         assert_same_weights(model, before)
+
+
+def test_a_decoder_of_another_length_and_a_text_model_within_are_seen(tmp_path):
+    heads = {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "encoder_ffn_dim": 16, "decoder_ffn_dim": 16}
+    sizes = {"d_model": 16, "encoder_layers": 2, "vocab_size": 64, "max_position_embeddings": 16, **heads}
+    student, other = (BartModel(BartConfig(**sizes, decoder_layers=layers)) for layers in (2, 3))
+    args = ADMMTrainingArguments(str(tmp_path), use_cpu=True, distill_teacher=save(other, tmp_path / "other"))
+    with pytest.raises(ValueError, match="decoder_layers 3, the student 2"):
+        make_teacher(student, args)
+    text = {"hidden_size": 16, "intermediate_size": 16, "num_attention_heads": 2, "vocab_size": 64}
+    vision = CLIPVisionConfig(hidden_size=16, intermediate_size=16, num_hidden_layers=1, num_attention_heads=2)
+    student, other = (
+        LlavaModel(LlavaConfig(text_config=LlamaConfig(**text, num_hidden_layers=layers), vision_config=vision))
+        for layers in (1, 2)
+    )
+    args.distill_teacher = save(other, tmp_path / "within")
+    with pytest.raises(ValueError, match="num_hidden_layers 2, the student 1"):
+        make_teacher(student, args)
 
 
 def test_a_teacher_that_can_not_be_loaded(tiny_bert, tiny_gpt2, token_data, tmp_path):
